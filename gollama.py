@@ -1,0 +1,4604 @@
+#!/usr/bin/env python3
+"""gollama: a gateway in front of one local llama-server.
+
+It starts the engine, keeps it alive, waits until it is ready, lets a set number of requests
+in at a time, queues the rest, and forwards the OpenAI API, streams included.
+
+    python gollama.py --config config.json          with llama-server
+    python gollama.py --config config.json --demo   with a built-in stand-in, to try it
+
+The map. A section uses only what stands above it:
+
+    Errors          what the gateway answers on its own account, as one table
+    Configuration   every key with its default, its parser and its meaning, in one place
+    Logging         logfmt lines, on stderr and in a rotating file
+    Time            deadlines and the restart backoff
+    Engine process  one llama-server: spawn, output pump, probe, polite stop, kill, guard
+    Watchdog        keeps an engine running; says when a try may start
+    HTTP messages   heads and body framing: pure functions of bytes, no socket
+    Relay           connections, exchanges, and the one thread that watches and copies
+    Admission       the queue: slots, order, the budget for request bodies
+    Forwarding      a try on the engine's side of a request, and the second try
+    Metrics         counters, histograms, the recent requests
+    HTTP front      the listener, reading, rules of admission, routes, answering
+    Status page     one HTML string
+    Demo engine     a small stand-in for llama-server, run as a child process
+    Gateway         the whole: start, signals, reload, stop; the command line
+
+Threads: main (waits for signals), accept (the listener), one a client connection (heads,
+waiting, whole answers), the relay (one selector: watches the clients of requests that last,
+copies all streams), the watchdog, and for each engine an output pump and a reaper.
+
+The journey of a request, `GatewayHandler.forward`:
+
+    read the head and the whole body            400 408 413
+    admission queue: wait for a slot            429; the client may leave
+    watchdog: wait until a try may start        503; the client may leave
+    send it to the engine, read the answer      engine died unheard: once more, alone
+    ---- the commit point: the first byte of the answer leaves for the client ----
+    the rest follows, whole or copied by the relay
+
+Before the commit point every fault is a JSON error or a second try. After it the only honest
+signals are an error event and a missing final chunk: a truncated answer never looks whole.
+
+The engine's states are in `TRANSITIONS`; `Watchdog._change_state` is their only writer.
+
+Locks (none is held during I/O, while logging, or while calling into another part, so there
+is no order among them): EngineProcess._signal_lock, Watchdog._lock, Exchange._lock,
+AdmissionQueue._lock, EnginePool (a deque, no lock), Metrics._lock, Connections._lock. The
+relay's own state belongs to its thread; others post to its mailbox.
+"""
+from __future__ import annotations
+
+import argparse
+import base64
+import bisect
+import collections
+import contextlib
+import dataclasses
+import difflib
+import enum
+import errno
+import functools
+import hashlib
+import heapq
+import hmac
+import http
+import http.client
+import http.server
+import io
+import ipaddress
+import itertools
+import json
+import logging
+import logging.handlers
+import math
+import os
+import platform
+import re
+import select
+import selectors
+import shlex
+import shutil
+import signal
+import socket
+import socketserver
+import stat
+import struct
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+from typing import (Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NoReturn, Optional,
+                    Sequence, Set, Tuple, Type, Union)
+
+__version__ = '1.0.0'
+
+POSIX = os.name == 'posix'
+
+
+# ---------------------------------------------------------------------------------------------
+# Errors
+
+# What the gateway answers on its own account: code -> (status, type).
+ERRORS = {
+    'bad_request': (400, 'invalid_request_error'),
+    'invalid_api_key': (401, 'authentication_error'),
+    'host_not_allowed': (403, 'permission_error'),
+    'origin_not_allowed': (403, 'permission_error'),
+    'not_found': (404, 'invalid_request_error'),
+    'method_not_allowed': (405, 'invalid_request_error'),
+    'request_timeout': (408, 'invalid_request_error'),
+    'body_too_large': (413, 'invalid_request_error'),
+    'uri_too_long': (414, 'invalid_request_error'),
+    'queue_timeout': (429, 'rate_limit_error'),
+    'queue_full': (429, 'rate_limit_error'),
+    'headers_too_large': (431, 'invalid_request_error'),
+    'internal_error': (500, 'server_error'),
+    'engine_failed': (502, 'server_error'),
+    'engine_not_ready': (503, 'server_error'),
+    'shutting_down': (503, 'server_error'),
+    'too_many_connections': (503, 'server_error'),
+}
+
+
+class GatewayError(Exception):
+    """An answer of the gateway's own, in the OpenAI shape.
+
+    `code` is a key of ERRORS, `retry_after` in seconds, `headers` are further header lines.
+    """
+
+    def __init__(self, code: str, message: str, retry_after: Optional[int] = None, headers: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.code = code
+        self.status, self.type = ERRORS[code]
+        self.retry_after = retry_after
+        self.headers = list(headers)
+
+    def body(self) -> bytes:
+        error = {'message': str(self), 'type': self.type, 'param': None, 'code': self.code}
+        return json.dumps({'error': error}).encode()
+
+
+class ClientGone(Exception):
+    """The client left, or takes no bytes. Never rendered: there is nobody to read it."""
+
+
+class EngineBroke(Exception):
+    """The engine died, hung up or answered garbage before a byte of its answer was passed on."""
+
+
+class EngineNotAccepting(Exception):
+    """The engine never had the request: it does not accept connections (yet, or any more)."""
+
+
+class ConfigError(Exception):
+    """The configuration is bad. `problems` are plain sentences; never reaches a client."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__('; '.join(problems))
+        self.problems = list(problems)
+
+
+class StartError(Exception):
+    """The gateway cannot start: a plain sentence for a person."""
+
+
+# ---------------------------------------------------------------------------------------------
+# Configuration
+#
+# A parser takes the JSON value and returns what the program uses, or raises ValueError with
+# what it expected instead. Durations become seconds; "0s" as a limit becomes infinity.
+
+_DURATION_UNITS = {'ns': 1e-9, 'us': 1e-6, 'µs': 1e-6, 'ms': 1e-3, 's': 1.0, 'm': 60.0, 'h': 3600.0}
+_DURATION_PART = re.compile(r'(\d+\.?\d*|\.\d+)(ns|us|µs|ms|s|m|h)')
+_SIZE = re.compile(r'(\d+(?:\.\d+)?) ?(|B|KB|MB|GB)', re.IGNORECASE)
+_SIZE_UNITS = {'': 1, 'B': 1, 'KB': 1024, 'MB': 1024 ** 2, 'GB': 1024 ** 3}
+_AN_ADDRESS = 'host:port, such as "127.0.0.1:8081" or ":8081"'
+_A_DURATION = 'a duration such as "500ms", "30s" or "1m30s", or a number of seconds'
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def parse_duration(value: object) -> float:
+    """Seconds of a duration in Go's form ("1m30s", see time.ParseDuration) or a plain number of seconds."""
+    if _is_number(value) and value >= 0:    # type: ignore[operator]
+        return float(value)                 # type: ignore[arg-type]
+    if isinstance(value, str):
+        if value == '0':
+            return 0.0
+        parts = _DURATION_PART.findall(value)
+        if parts and ''.join(number + unit for number, unit in parts) == value:
+            return math.fsum(float(number) * _DURATION_UNITS[unit] for number, unit in parts)
+    raise ValueError(_A_DURATION)
+
+
+def parse_limit(value: object) -> float:
+    """As parse_duration, where "0s" means without limit: infinity."""
+    return parse_duration(value) or math.inf
+
+
+def parse_size(value: object) -> int:
+    """Bytes of a size such as "64MB" (units of 1024) or a plain number of bytes."""
+    if isinstance(value, int) and _is_number(value) and value > 0:
+        return value
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    size = int(float(match.group(1)) * _SIZE_UNITS[match.group(2).upper()]) if match else 0
+    if size <= 0:
+        raise ValueError('a size such as "64MB", or a number of bytes')
+    return size
+
+
+def parse_count(least: int) -> Callable[[object], int]:
+    """A parser for whole numbers of at least `least`."""
+    def parse(value: object) -> int:
+        if isinstance(value, int) and not isinstance(value, bool) and value >= least:
+            return value
+        raise ValueError('a whole number of at least %d' % least)
+    return parse
+
+
+def parse_positive(value: object) -> float:
+    """A number above 0."""
+    if _is_number(value) and value > 0:     # type: ignore[operator]
+        return float(value)                 # type: ignore[arg-type]
+    raise ValueError('a number above 0')
+
+
+def parse_text(value: object) -> str:
+    """A string that is not blank."""
+    if isinstance(value, str) and value.strip() and '\0' not in value:
+        return value
+    raise ValueError('a string that is not blank')
+
+
+def parse_optional_text(value: object) -> Optional[str]:
+    """A string that is not blank, or null."""
+    if value is None:
+        return None
+    try:
+        return parse_text(value)
+    except ValueError:
+        raise ValueError('a string that is not blank, or null') from None
+
+
+def parse_choice(*choices: str) -> Callable[[object], str]:
+    """A parser for one of a few words."""
+    def parse(value: object) -> str:
+        if isinstance(value, str) and value in choices:
+            return value
+        raise ValueError('one of ' + ', '.join('"%s"' % choice for choice in choices))
+    return parse
+
+
+def _parse_port(text: str, least: int, what: str) -> int:
+    if re.fullmatch(r'[0-9]{1,5}', text) and least <= int(text) <= 65535:
+        return int(text)
+    raise ValueError('%s with a port from %d to 65535' % (what, least))
+
+
+def parse_addr(value: object) -> Tuple[str, int]:
+    """(host, port) to listen on; an empty host is every interface, port 0 picks one."""
+    match = re.fullmatch(r'(\[[0-9A-Fa-f:.%\w]+\]|[^\s:\[\]/]*):([^:]*)', value) if isinstance(value, str) else None
+    if not match:
+        raise ValueError(_AN_ADDRESS)
+    return match.group(1).strip('[]'), _parse_port(match.group(2), 0, _AN_ADDRESS)
+
+
+def parse_base_url(value: object) -> Tuple[str, int]:
+    """(host, port) of "http://host:port"."""
+    expected = '"http://host:port", such as "http://127.0.0.1:8080"'
+    match = re.fullmatch(r'http://(\[[0-9A-Fa-f:.%\w]+\]|[^\s:\[\]/?#@]+)(?::([^:/]*))?/?', value) if isinstance(value, str) else None
+    if not match:
+        raise ValueError(expected)
+    port = match.group(2)
+    return match.group(1).strip('[]'), 80 if port is None else _parse_port(port, 1, expected)
+
+
+def parse_pattern(value: object) -> 're.Pattern[str]':
+    """A regular expression."""
+    if isinstance(value, str):
+        try:
+            return re.compile(value)
+        except re.error as error:
+            raise ValueError('a regular expression (%s)' % error) from None
+    raise ValueError('a regular expression, as a string')
+
+
+def parse_health_path(value: object) -> str:
+    """A path of the engine's, or "" where it has none."""
+    if isinstance(value, str) and re.fullmatch(r'(/[!-~]*)?', value):
+        return value
+    raise ValueError('a path such as "/health", or "" for an engine that has none')
+
+
+def _parse_list(value: object, item: Callable[[str], bool], expected: str) -> Tuple[str, ...]:
+    if isinstance(value, list) and all(isinstance(v, str) and item(v) for v in value):
+        return tuple(value)
+    raise ValueError(expected)
+
+
+def parse_prefixes(value: object) -> Tuple[str, ...]:
+    """Path prefixes."""
+    def is_prefix(text: str) -> bool:
+        return bool(re.fullmatch(r'/[!-~]*', text)) and not re.search(r'[\\?#%]|/\.{1,2}(/|$)', text)
+    return _parse_list(value, is_prefix, 'a list of path prefixes, such as ["/v1/"]')
+
+
+def parse_origins(value: object) -> Tuple[str, ...]:
+    """Browser origins, lower case; "*" for all."""
+    def is_origin(text: str) -> bool:
+        return text == '*' or bool(re.fullmatch(r'[A-Za-z][\w+.-]*://[^\s/?#@]+', text))
+    found = _parse_list(value, is_origin, 'a list of origins, such as ["https://chat.example"] (no path), or ["*"] for all')
+    return tuple(origin.lower() for origin in found)
+
+
+def parse_args(value: object) -> Tuple[str, ...]:
+    """Arguments; a leading ~/ is expanded."""
+    args = _parse_list(value, lambda text: '\0' not in text, 'a list of strings (numbers in quotes too)')
+    return tuple(os.path.expanduser(arg) if arg.startswith('~/') else arg for arg in args)
+
+
+def parse_env(value: object) -> Dict[str, Optional[str]]:
+    """Environment variables to set; null removes one."""
+    if isinstance(value, dict) and all(re.fullmatch(r'[^=\0]+', k) and (v is None or isinstance(v, str) and '\0' not in v)
+                                       for k, v in value.items()):
+        return dict(value)
+    raise ValueError('an object of strings, such as {"CUDA_VISIBLE_DEVICES": "0"}; null removes a variable')
+
+
+def parse_api_keys(value: object) -> Dict[str, str]:
+    """{name: secret}. What is wrong is said without the secrets themselves."""
+    expected = 'an object of names and secrets, such as {"alice": "a long random string"}'
+    if not isinstance(value, dict):
+        raise ValueError(expected)
+    keys = {name: secret for name, secret in value.items() if not name.startswith('_')}
+    owner: Dict[str, str] = {}
+    for name, secret in keys.items():
+        if not name.strip() or not isinstance(secret, str) or not secret.strip():
+            raise ValueError('%s; the secret of "%s" is empty, blank or no string' % (expected, name))
+        if not re.fullmatch(r'[!-~]([ -~]*[!-~])?', secret):
+            raise ValueError('secrets of visible ASCII characters, no blank at either end; that of "%s" is not' % name)
+        if secret in owner:
+            raise ValueError('a secret of its own for everybody; "%s" and "%s" have the same' % (owner[secret], name))
+        owner[secret] = name
+    return keys
+
+
+def key(default: object, parse: Callable[[Any], Any], doc: str, name: str = '') -> Any:
+    """A configuration key as a dataclass field: its default as it would stand in the file, its parser, its meaning."""
+    return dataclasses.field(metadata={'default': default, 'parse': parse, 'doc': doc, 'name': name})
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerConfig:
+    """The side of the clients."""
+    addr: Tuple[str, int] = key(':8081', parse_addr, 'host:port to listen on; an empty host is every interface, port 0 picks one')
+    api_keys: Mapping[str, str] = key({}, parse_api_keys, '{"name": "secret"}; when not empty, one is asked for')
+    allowed_origins: Tuple[str, ...] = key([], parse_origins, 'browser origins that may call; ["*"] for all')
+    forward: Tuple[str, ...] = key(['/v1/'], parse_prefixes, 'path prefixes that are forwarded to the engine')
+    max_body: int = key('64MB', parse_size, 'largest request body')
+    max_connections: int = key(512, parse_count(1), 'open client connections')
+    read_timeout: float = key('30s', parse_limit, 'longest pause while a request is received; the whole head has this long')
+    write_timeout: float = key('30s', parse_limit, 'longest a client may refuse to take bytes')
+    idle_timeout: float = key('75s', parse_limit, 'longest life of a connection with no request on it')
+    drain_timeout: float = key('30s', parse_limit, 'how long a stop or reload waits for requests in flight')
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """The engine: how it is started, reached and judged."""
+    bin: str = key(None, parse_text, 'path of llama-server; a bare name is looked up on PATH')
+    args: Tuple[str, ...] = key([], parse_args, 'its arguments; --host and --port are added from base_url')
+    env: Mapping[str, Optional[str]] = key({}, parse_env, 'added to its environment; null removes a variable')
+    base_url: Tuple[str, int] = key('http://127.0.0.1:8080', parse_base_url, 'where it is reached')
+    api_key: Optional[str] = key(None, parse_optional_text, "sent to the engine as its bearer key, when it has one")
+    ready_pattern: 're.Pattern[str]' = key('listening|ready|server is running', parse_pattern,
+                                           'regex over its output; counts only where there is no health_path')
+    health_path: str = key('/health', parse_health_path, 'asked until it says 200; "" for an engine that has none')
+    start_timeout: float = key('30s', parse_limit, 'longest time without a sign of life while starting')
+    stop_timeout: float = key('10s', parse_duration, 'from the polite signal to the kill')
+    restart_backoff: float = key('2s', parse_duration, 'pause before a restart; doubles with each failed start, to at most 30 s')
+    hang_timeout: float = key('0s', parse_duration, 'opt-in: requests in the engine and no sign of life for this long: restart')
+
+
+@dataclasses.dataclass(frozen=True)
+class QueueConfig:
+    """Who may go in, and who waits how long."""
+    max_concurrency: int = key(1, parse_count(1), 'requests in the engine at once')
+    wait_timeout: float = key('60s', parse_limit, 'longest wait for a slot, engine restarts included')
+    max_waiting: int = key(128, parse_count(0), 'longest queue; the next one is refused at once; 0: no queue')
+    max_bytes: int = key('512MB', parse_size, 'request bodies held at once')
+    order: str = key('fair', parse_choice('fair', 'fifo'), '"fair": in turn between clients; "fifo": strict arrival order')
+    heartbeat: float = key('0s', parse_duration, 'opt-in: a waiting streaming request gets an SSE comment each such interval')
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggerConfig:
+    """Where the log goes."""
+    log_path: Optional[str] = key(None, parse_optional_text, 'log file, in addition to stderr; null for stderr only', 'log-path')
+    log_level: str = key('info', parse_choice('debug', 'info', 'warn', 'error'), 'debug, info, warn or error', 'log-level')
+    max_size: float = key(2, parse_positive, 'MB, then the file is rotated', 'max-size')
+    max_age: float = key(60, parse_positive, 'days, then a rotated file is deleted', 'max-age')
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The whole configuration; one immutable snapshot, replaced as a whole by a reload."""
+    server: ServerConfig
+    engine: EngineConfig
+    queue: QueueConfig
+    logger: LoggerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfigKey:
+    """One key, for --help, error messages and README."""
+    path: str
+    default: object
+    doc: str
+    attribute: str
+    parse: Callable[[Any], Any]
+
+
+SECTIONS: Dict[str, Any] = {'server': ServerConfig, 'engine': EngineConfig, 'queue': QueueConfig, 'logger': LoggerConfig}
+
+
+def _keys_of(section: str) -> Iterator[ConfigKey]:
+    for field in dataclasses.fields(SECTIONS[section]):
+        meta = field.metadata
+        yield ConfigKey('%s.%s' % (section, meta['name'] or field.name), meta['default'], meta['doc'], field.name, meta['parse'])
+
+
+CONFIG_KEYS: Tuple[ConfigKey, ...] = tuple(k for section in SECTIONS for k in _keys_of(section))
+
+
+class _Object(Dict[str, Any]):
+    """A JSON object that remembers which of its keys came twice."""
+
+    def __init__(self, pairs: List[Tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        counts = collections.Counter(name for name, _ in pairs)
+        self.repeated = [name for name, count in counts.items() if count > 1]
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + '...'
+
+
+def _repeated_keys(value: object, path: str) -> Iterator[str]:
+    if isinstance(value, _Object):
+        for name in value.repeated:
+            yield '%s%s: given twice; keep one' % (path, name)
+        for name, inner in value.items():
+            yield from _repeated_keys(inner, '%s%s.' % (path, name))
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield from _repeated_keys(inner, '%s[%d].' % (path.rstrip('.'), i))
+
+
+def _unknown_key(name: str, path: str, value: object, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1, 0.6)
+    elsewhere = [k.path for k in CONFIG_KEYS if k.path.split('.')[1] == name]
+    if near:
+        advice = 'did you mean "%s"?' % near[0]
+    elif elsewhere:
+        advice = 'did you mean "%s"?' % elsewhere[0]
+    else:
+        advice = 'expected one of ' + ', '.join(known)
+    return '%s: unknown key (value %s); %s' % (path, _shown(value), advice)
+
+
+def _parse_value(k: ConfigKey, value: object, problems: List[str]) -> Any:
+    try:
+        return k.parse(value)
+    except ValueError as error:
+        shown = '(not shown)' if k.path in ('server.api_keys', 'engine.api_key') else _shown(value)
+        problems.append('%s: %s; expected %s' % (k.path, shown, error))
+        return None
+
+
+def _parse_section(section: str, given: Mapping[str, Any], problems: List[str], demo: bool) -> Any:
+    keys = {k.path.split('.', 1)[1]: k for k in _keys_of(section)}
+    for name, value in given.items():
+        if name not in keys and not name.startswith('_'):
+            problems.append(_unknown_key(name, '%s.%s' % (section, name), value, list(keys)))
+    values: Dict[str, Any] = {}
+    for name, k in keys.items():
+        if section == 'engine' and demo and name in ('bin', 'args', 'base_url'):
+            values[k.attribute] = {'bin': '', 'args': (), 'base_url': ('127.0.0.1', 0)}[name]
+        elif name not in given and k.path == 'engine.bin':
+            problems.append('engine.bin: missing; expected the path of llama-server (or start with --demo to try without one)')
+        else:
+            values[k.attribute] = _parse_value(k, given.get(name, k.default), problems)
+    return SECTIONS[section](**values) if len(values) == len(keys) else None
+
+
+def parse_config(data: object, demo: bool = False) -> Config:
+    """The configuration from decoded JSON. Raises ConfigError with every mistake at once.
+
+    With `demo` the engine's bin, args and base_url are ignored.
+    """
+    if not isinstance(data, dict):
+        raise ConfigError(['the configuration is %s; expected a JSON object' % _shown(data)])
+    problems = list(_repeated_keys(data, ''))
+    for name, value in data.items():
+        if name not in SECTIONS and not name.startswith('_'):
+            problems.append(_unknown_key(name, name, value, list(SECTIONS)))
+    sections: Dict[str, Any] = {}
+    for name in SECTIONS:
+        given = data.get(name, {})
+        if not isinstance(given, dict):
+            problems.append('%s: %s; expected an object' % (name, _shown(given)))
+            given = {}
+            if name == 'engine':
+                continue
+        sections[name] = _parse_section(name, given, problems, demo)
+    server, queue = sections['server'], sections['queue']
+    if server.max_body and queue.max_bytes and queue.max_bytes < server.max_body:
+        problems.append('queue.max_bytes: %d; expected at least server.max_body, which is %d' % (queue.max_bytes, server.max_body))
+    if problems:
+        raise ConfigError(problems)
+    return Config(**sections)
+
+
+def load_config(path: str, demo: bool = False) -> Config:
+    """Reads and checks a configuration file. Raises ConfigError with every mistake at once."""
+    try:
+        with open(path, encoding='utf-8-sig') as file:
+            text = file.read()
+    except OSError as error:
+        raise ConfigError(['%s cannot be read: %s; name another file with --config, or try --demo' % (path, error.strerror)]) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(['%s is not UTF-8 (byte %d); save it as UTF-8' % (path, error.start)]) from None
+    try:
+        data = json.loads(text, object_pairs_hook=_Object)
+    except json.JSONDecodeError as error:
+        raise ConfigError(['%s: JSON syntax error at line %d, column %d: %s' % (path, error.lineno, error.colno, error.msg)]) from None
+    except RecursionError:
+        raise ConfigError(['%s: nested too deeply' % path]) from None
+    try:
+        return parse_config(data, demo)
+    except ConfigError as error:
+        raise ConfigError(['%s: %s' % (path, problem) for problem in error.problems]) from None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address that is listened on."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == 'localhost'
+
+
+def argument_of(args: Sequence[str], names: Sequence[str]) -> Optional[str]:
+    """The value that follows the last of these options (or `--option=value`), None where there is none."""
+    found = None
+    for i, arg in enumerate(args):
+        if arg in names and i + 1 < len(args):
+            found = args[i + 1]
+        elif '=' in arg and arg.split('=', 1)[0] in names:
+            found = arg.split('=', 1)[1]
+    return found
+
+
+def config_warnings(config: Config) -> List[str]:
+    """What is allowed but probably not meant, in plain sentences."""
+    found = []
+    host = config.server.addr[0]
+    if not config.server.api_keys and not is_loopback(host):
+        found.append('server.addr is %s and server.api_keys is empty: everybody who reaches this machine can use the model'
+                     % (host or 'every interface'))
+    args = config.engine.args
+    if '--api-key' in args and not config.engine.api_key:
+        found.append('engine.args has --api-key but engine.api_key is not set: the engine will refuse what is forwarded')
+    for name in ('-np', '--parallel'):
+        slots = argument_of(args, (name,))
+        if slots is not None and slots.isdigit() and 0 < int(slots) < config.queue.max_concurrency:
+            found.append('queue.max_concurrency is %d but %s gives the engine only %s slots: the rest waits inside the engine'
+                         % (config.queue.max_concurrency, name, slots))
+    return found
+
+
+def bracketed(host: str, port: int) -> str:
+    """host:port as it stands in a URL."""
+    return '%s:%d' % ('[%s]' % host if ':' in host else host, port)
+
+
+def _llama_server_problems(args: Sequence[str], port: int) -> Iterator[str]:
+    model = argument_of(args, ('-m', '--model'))
+    if model is not None and not os.path.exists(model):
+        yield ('engine.args: the model file %s is not there; put the path of a .gguf file after -m, '
+               'or start with --demo to try the gateway without a model' % _shown(model))
+    given = argument_of(args, ('--port',))
+    if given is not None and given != str(port):
+        yield 'engine.args: --port %s contradicts engine.base_url, which says port %d; leave --port out' % (_shown(given), port)
+
+
+def engine_command(config: EngineConfig) -> List[str]:
+    """The command line the engine is started with. Raises ConfigError where something it names is not there."""
+    problems = []
+    name = os.path.expanduser(config.bin)
+    found = shutil.which(name, path=(config.env or {}).get('PATH') or os.environ.get('PATH'))
+    if found is None:
+        problems.append('engine.bin: %s %s; install llama.cpp (or copy its llama-server here) and name it there, '
+                        'or start with --demo to try the gateway without one'
+                        % (_shown(config.bin), 'is not an executable file' if os.path.exists(name) else 'is not there'))
+    host, port = config.base_url
+    args = list(config.args)
+    if os.path.basename(name).lower() in ('llama-server', 'llama-server.exe'):
+        problems.extend(_llama_server_problems(args, port))
+    if argument_of(args, ('--host',)) is None:
+        args += ['--host', host]
+    if argument_of(args, ('--port',)) is None:
+        args += ['--port', str(port)]
+    if problems:
+        raise ConfigError(problems)
+    return [os.path.abspath(found or name), *args]
+
+
+SECRET_OPTIONS = ('--api-key', '-hft', '--hf-token')
+
+
+def masked(command: Sequence[str]) -> str:
+    """A command line for people, its secrets masked."""
+    shown = []
+    for i, arg in enumerate(command):
+        name, _, value = arg.partition('=')
+        if i and command[i - 1] in SECRET_OPTIONS:
+            arg = '****'
+        elif value and name in SECRET_OPTIONS:
+            arg = name + '=****'
+        shown.append(shlex.quote(arg) if arg != '****' else arg)
+    return ' '.join(shown)
+
+
+
+
+# ---------------------------------------------------------------------------------------------
+# Logging
+
+log = logging.getLogger('gollama')
+engine_log = logging.getLogger('gollama.engine')
+
+LEVELS = {'debug': logging.DEBUG, 'info': logging.INFO, 'warn': logging.WARNING, 'error': logging.ERROR}
+_PLAIN = re.compile(r'[!#-<>-~]+')      # visible ASCII without the quote and the equals sign
+STDERR_LINE = 4096                      # bytes; PIPE_BUF on Linux: what select promises a pipe has room for
+
+
+def _escaped(char: str) -> str:
+    if char in '"\\':
+        return '\\' + char
+    if char.isprintable():
+        return char
+    return {'\n': '\\n', '\r': '\\r', '\t': '\\t'}.get(char) or ('\\u%04x' if ord(char) < 0x10000 else '\\U%08x') % ord(char)
+
+
+def logfmt_value(value: object) -> str:
+    """A value as Go's slog text handler writes it: quoted and escaped where it is not one plain word."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    text = str(value)
+    return text if _PLAIN.fullmatch(text) else '"%s"' % ''.join(map(_escaped, text))
+
+
+class LogfmtFormatter(logging.Formatter):
+    """time=… level=… msg=… and then the fields: `log.info('engine ready', {'pid': 4121})`."""
+
+    LEVEL_NAMES = {logging.WARNING: 'WARN'}
+    _second: Tuple[int, str, str] = (-1, '', '')    # replaced as a whole, so that threads may race for it
+
+    def formatTime(self, record: logging.LogRecord, datefmt: Optional[str] = None) -> str:
+        second, prefix, zone = self._second
+        if int(record.created) != second:
+            second, local = int(record.created), time.localtime(record.created)
+            offset = time.strftime('%z', local) or '+0000'
+            prefix, zone = time.strftime('%Y-%m-%dT%H:%M:%S', local), offset[:3] + ':' + offset[3:]
+            self._second = (second, prefix, zone)
+        return '%s.%03d%s' % (prefix, record.msecs, zone)
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: Optional[str] = getattr(record, 'logfmt', None)      # one record, two handlers: format once
+        if line is None:
+            parts = ['time=%s level=%s msg=%s' % (self.formatTime(record), self.LEVEL_NAMES.get(record.levelno, record.levelname),
+                                                  logfmt_value(record.msg))]
+            if isinstance(record.args, Mapping):
+                parts += ['%s=%s' % (name, logfmt_value(value)) for name, value in record.args.items()]
+            if record.exc_info:
+                parts.append('traceback=%s' % logfmt_value(self.formatException(record.exc_info)))
+            line = record.logfmt = ' '.join(parts)
+        return line
+
+
+class StderrHandler(logging.Handler):
+    """Lines on stderr that never make the gateway wait.
+
+    A pipe that nobody reads blocks, it does not fail: so it is asked first whether it takes
+    bytes, and a line that it does not take is dropped and counted. A file is always writable.
+    """
+
+    def __init__(self, fd: int) -> None:
+        super().__init__()
+        self._fd = fd
+        self._dropped = 0
+        self._may_block = not stat.S_ISREG(os.fstat(fd).st_mode)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        data = (self.format(record) + '\n').encode('utf-8', 'backslashreplace')
+        if len(data) > STDERR_LINE:
+            data = data[:STDERR_LINE - 4] + b'...\n'
+        if self._dropped and self._write(b'msg="log lines dropped, stderr took none" count=%d\n' % self._dropped):
+            self._dropped = 0
+        if not self._write(data):
+            self._dropped += 1
+
+    def _write(self, data: bytes) -> bool:
+        try:
+            if self._may_block and POSIX:
+                waiter = select.poll()
+                waiter.register(self._fd, select.POLLOUT)
+                if not any(event & select.POLLOUT for _, event in waiter.poll(0)):
+                    return False
+            os.write(self._fd, data)
+        except OSError:
+            return False
+        return True
+
+
+class LogFile(logging.handlers.BaseRotatingHandler):
+    """The log file, rotated to NAME-<UTC time>.EXT beside it. What cannot be written is dropped and counted."""
+
+    def __init__(self, path: str, max_bytes: float, max_age: float) -> None:
+        super().__init__(path, 'a', encoding='utf-8')
+        self._max_bytes, self._max_age = max_bytes, max_age     # bytes, seconds
+        self._size = os.fstat(self.stream.fileno()).st_size
+        self._complained = False
+
+    def shouldRollover(self, record: logging.LogRecord) -> bool:
+        added = len(self.format(record)) + 1
+        full = 0 < self._size and self._size + added > self._max_bytes
+        self._size += added
+        return full
+
+    def doRollover(self) -> None:
+        if self.stream:
+            self.stream.close()
+            self.stream = None      # type: ignore[assignment]  # FileHandler.emit opens it again
+        self._size = 0
+        if not stat.S_ISREG(os.stat(self.baseFilename).st_mode):
+            return      # a device or a pipe
+        stem, extension = os.path.splitext(self.baseFilename)
+        stamp = time.strftime('%Y%m%dT%H%M%S', time.gmtime())
+        target, again = '%s-%s%s' % (stem, stamp, extension), 1
+        while os.path.exists(target):
+            target, again = '%s-%s.%d%s' % (stem, stamp, again, extension), again + 1
+        os.rename(self.baseFilename, target)
+        self._delete_old(stem, extension)
+
+    def _delete_old(self, stem: str, extension: str) -> None:
+        folder, name = os.path.split(stem)
+        rotated = re.compile(re.escape(name) + r'-\d{8}T\d{6}(\.\d+)?' + re.escape(extension))
+        for entry in os.scandir(folder or '.'):
+            if rotated.fullmatch(entry.name) and entry.stat().st_mtime < time.time() - self._max_age:
+                os.unlink(entry.path)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self._complained and sys.stderr is not None:
+            self._complained = True
+            try:
+                os.write(sys.stderr.fileno(), b'msg="the log file cannot be written; going on without it" error="%s"\n'
+                         % str(sys.exc_info()[1]).replace('"', "'").encode())
+            except (OSError, ValueError):
+                pass
+
+
+def setup_logging(config: LoggerConfig) -> None:
+    """(Re)builds the log's handlers; the file is opened anew, so that a reload follows a moved file.
+
+    Raises OSError where the file cannot be opened; the former handlers are then still in place.
+    """
+    handlers: List[logging.Handler] = []
+    if sys.stderr is not None:
+        handlers.append(StderrHandler(sys.stderr.fileno()))
+    if config.log_path:
+        handlers.append(LogFile(os.path.expanduser(config.log_path), config.max_size * 1024 ** 2, config.max_age * 86400))
+    formatter = LogfmtFormatter()
+    for handler in handlers:
+        handler.setFormatter(formatter)
+    former, log.handlers = log.handlers, handlers
+    log.setLevel(LEVELS[config.log_level])
+    log.propagate = False
+    # The logging HOWTO's section "Optimization": nobody reads these, and each line would pay for them.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None     # type: ignore[attr-defined]
+    for handler in former:
+        handler.close()
+
+
+# ---------------------------------------------------------------------------------------------
+# Time
+
+Clock = Callable[[], float]
+
+
+class Deadline:
+    """A point on the monotonic clock, `seconds` from now; passed along, so that waits add up to one limit."""
+
+    __slots__ = ('_clock', '_end')
+
+    def __init__(self, seconds: float, clock: Clock = time.monotonic) -> None:
+        self._clock = clock
+        self._end = clock() + seconds
+
+    def remaining(self) -> float:
+        """Seconds left, at least 0; may be infinite."""
+        return max(0.0, self._end - self._clock())
+
+    @property
+    def expired(self) -> bool:
+        return self._clock() >= self._end
+
+
+class Backoff:
+    """Pauses before restarts: `base` seconds, doubled for each start in a row that never became ready.
+
+    A failed start is never tried again sooner than after 100 ms, whatever `base` is.
+    """
+
+    LONGEST = 30.0
+    LEAST_AFTER_FAILURE = 0.1
+
+    def __init__(self, base: float) -> None:
+        self._base = base
+        self._failed = 0
+
+    def pause(self) -> float:
+        """Seconds to wait before the next start."""
+        pause: float = min(self._base * 2 ** min(self._failed, 30), max(self.LONGEST, self._base))
+        return max(pause, self.LEAST_AFTER_FAILURE) if self._failed else pause
+
+    def failed(self) -> None:
+        self._failed += 1
+
+    def succeeded(self) -> None:
+        self._failed = 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Engine process
+
+LINE_LIMIT = 4096       # bytes of one line of the engine's output; a longer one is several
+TAIL_LINES = 100        # kept in memory
+PROBE_TIMEOUT = 5.0     # seconds; loopback: an engine that takes longer to say "loading" is not well
+EXIT_MESSAGES = {126: ' (it cannot be executed)', 127: ' (it, or what it needs, was not found)'}
+
+
+def exit_phrase(code: int) -> str:
+    """How a process ended, for people: a Popen.returncode in words."""
+    if code >= 0:
+        return 'exit status %d%s' % (code, EXIT_MESSAGES.get(code, ''))
+    try:
+        return 'signal %d (%s)' % (-code, signal.Signals(-code).name)
+    except ValueError:
+        return 'signal %d' % -code
+
+
+def port_problem(host: str, port: int) -> Optional[str]:
+    """Says who is in the way on the engine's port: asked by connecting and by binding. None: it is free."""
+    try:
+        with socket.create_connection((host, port), timeout=1):
+            pass
+    except OSError:
+        pass
+    else:
+        return ('%s is already taken: something answers there, perhaps an engine left over from an earlier run; '
+                'end it, or choose another port in engine.base_url' % bracketed(host, port))
+    for family, kind, proto, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        with socket.socket(family, kind, proto) as probe:
+            if POSIX:   # elsewhere this option means "share the port"
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(address)
+            except OSError as error:
+                if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                    return ('%s cannot be used by the engine: %s; choose another port in engine.base_url'
+                            % (bracketed(host, port), error.strerror))
+    return None
+
+
+class OutputPump(threading.Thread):
+    """Drains a pipe for ever, whatever comes, and hands on lines.
+
+    Never joined without a timeout: a grandchild can hold the pipe open for as long as it likes.
+    `stop` ends it all the same.
+    """
+
+    def __init__(self, pipe: io.RawIOBase, on_line: Callable[[str], None]) -> None:
+        super().__init__(name='output-pump', daemon=True)
+        self._pipe = pipe
+        self._on_line = on_line
+        self._wake, self._waiting = socket.socketpair()
+
+    def run(self) -> None:
+        rest = b''
+        with self._pipe, self._waiting:
+            for data in self._pieces():
+                *lines, rest = (rest + data).replace(b'\r', b'\n').split(b'\n')
+                for line in lines:
+                    self._emit(line)
+                if len(rest) >= LINE_LIMIT:
+                    self._emit(rest)
+                    rest = b''
+            self._emit(rest)
+
+    def stop(self) -> None:
+        self._wake.close()
+
+    def _pieces(self) -> Iterator[bytes]:
+        fd = self._pipe.fileno()
+        with selectors.DefaultSelector() as selector:
+            if POSIX:   # elsewhere a selector takes sockets only
+                selector.register(fd, selectors.EVENT_READ)
+                selector.register(self._waiting, selectors.EVENT_READ)
+            while True:
+                if POSIX and [key.fd for key, _ in selector.select()] == [self._waiting.fileno()]:
+                    return      # stopped, and nothing left to read
+                data = os.read(fd, 65536)
+                if not data:
+                    return
+                yield data
+
+    def _emit(self, line: bytes) -> None:
+        for start in range(0, len(line), LINE_LIMIT):
+            text = line[start:start + LINE_LIMIT].decode('utf-8', 'replace').strip()
+            if text:
+                self._on_line(text)
+
+
+class EngineProcess:
+    """One life of the engine, in a process group (and session) of its own.
+
+    Nothing of the group is left after the leader's end, nor, on POSIX, after the gateway is
+    killed: the guard, a shell that reads a pipe from the gateway, sees end-of-file and kills
+    the group. There is no moment without it: the engine is started through a shell that waits
+    for a word on its stdin before it becomes the engine, and that word comes after the guard.
+    """
+
+    SHIM = 'read -r go && exec "$@" </dev/null'
+    GUARD = 'trap "" TERM INT HUP; read -r done || kill -9 -"$0"'     # with `kill -9 -- -N` dash refuses
+
+    def __init__(self, config: EngineConfig, on_news: Callable[[], None]) -> None:
+        self._config = config
+        self._on_news = on_news
+        self.started = self.last_output = time.monotonic()
+        self.saw_ready_line = False
+        self.exited = threading.Event()
+        self.exit_phrase: Optional[str] = None
+        self._tail: Deque[str] = collections.deque(maxlen=TAIL_LINES)
+        # Held between "is it reaped?" and a signal: a reaped pid may belong to somebody else.
+        self._signal_lock = threading.Lock()
+        self._reaped = False
+        self._process: subprocess.Popen[bytes]
+        self._guard: Optional[subprocess.Popen[bytes]] = None
+        self._pump: OutputPump
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def start(self) -> None:
+        """Raises OSError where the system gives no process."""
+        command = engine_command(self._config)
+        env = dict(os.environ)
+        env.pop('NOTIFY_SOCKET', None)      # the gateway speaks to systemd, the engine does not
+        for name, value in self._config.env.items():
+            if value is None:
+                env.pop(name, None)
+            else:
+                env[name] = value
+        if POSIX:
+            self._process = self._spawn(['/bin/sh', '-c', self.SHIM, 'sh', *command], env, subprocess.PIPE, subprocess.STDOUT)
+            try:
+                self._guard = self._spawn(['/bin/sh', '-c', self.GUARD, str(self.pid)], None, subprocess.DEVNULL, subprocess.DEVNULL)
+            finally:
+                self._say_word(self._process, b'go\n' if self._guard else b'')
+        else:
+            self._process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, bufsize=0,
+                                             stderr=subprocess.STDOUT, creationflags=getattr(subprocess, 'CREATE_NEW_PROCESS_GROUP', 0))
+        assert self._process.stdout is not None
+        self._pump = OutputPump(self._process.stdout, self._on_line)     # type: ignore[arg-type]
+        self._pump.start()
+        threading.Thread(target=self._reap, name='reaper', daemon=True).start()
+
+    @staticmethod
+    def _spawn(command: List[str], env: Optional[Dict[str, str]], out: int, err: int) -> 'subprocess.Popen[bytes]':
+        return subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=out, stderr=err, bufsize=0, start_new_session=True)
+
+    @staticmethod
+    def _say_word(process: 'subprocess.Popen[bytes]', word: bytes) -> None:
+        assert process.stdin is not None
+        try:
+            with process.stdin as pipe:
+                if word:
+                    pipe.write(word)
+        except OSError:
+            pass        # it has gone already
+
+    def _on_line(self, line: str) -> None:
+        self.last_output = time.monotonic()
+        self._tail.append(line)
+        if not self.saw_ready_line and self._config.ready_pattern.search(line):
+            self.saw_ready_line = True
+        if engine_log.isEnabledFor(logging.DEBUG):
+            engine_log.debug('engine', {'line': line[:LINE_LIMIT // 2]})
+
+    def _reap(self) -> None:
+        if hasattr(os, 'waitid'):
+            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)     # still a zombie: its pid is its own
+            with self._signal_lock:
+                self._signal_group_unlocked(signal.SIGKILL)
+                self._process.wait()
+                self._reaped = True
+        else:
+            self._process.wait()
+            self._signal_group_unlocked(getattr(signal, 'SIGKILL', signal.SIGTERM))
+            self._reaped = True
+        if self._guard:
+            self._say_word(self._guard, b'done\n')
+            self._guard.wait()
+        self._pump.join(1)      # so that the last lines are in the tail
+        self._pump.stop()
+        self.exit_phrase = exit_phrase(self._process.returncode)
+        self.exited.set()
+        self._on_news()
+
+    def _signal_group_unlocked(self, signum: int) -> None:
+        try:
+            if POSIX:
+                os.killpg(self.pid, signum)
+            elif not self._reaped:
+                self._process.terminate()
+        except OSError:
+            pass        # nobody left
+
+    def signal_group(self, signum: int) -> None:
+        with self._signal_lock:
+            if not self._reaped:
+                self._signal_group_unlocked(signum)
+
+    def kill(self) -> None:
+        self.signal_group(getattr(signal, 'SIGKILL', signal.SIGTERM))
+
+    def terminate(self, grace: float) -> None:
+        """SIGTERM to the group, `grace` seconds or the leader's end, SIGKILL to the group."""
+        if grace:
+            self.signal_group(signal.SIGTERM)
+            self.exited.wait(grace)
+        self.kill()
+        self.exited.wait(10)
+
+    def tail(self, count: int) -> List[str]:
+        return list(self._tail)[-count:]
+
+    def ask(self, path: str) -> Tuple[Optional[int], bytes]:
+        """(status, body) of a GET; (None, b'') where nothing answers."""
+        connection = http.client.HTTPConnection(*self._config.base_url, timeout=PROBE_TIMEOUT)
+        try:
+            headers = {'Authorization': 'Bearer ' + self._config.api_key} if self._config.api_key else {}
+            connection.request('GET', path, headers=headers)
+            response = connection.getresponse()
+            return response.status, response.read(1 << 20)
+        except (OSError, http.client.HTTPException):
+            return None, b''
+        finally:
+            connection.close()
+
+
+# ---------------------------------------------------------------------------------------------
+# Watchdog
+
+
+class EngineState(enum.Enum):
+    """Where the engine is in its life."""
+    STARTING = 'starting'
+    READY = 'ready'
+    DIED = 'died'
+    HUNG = 'hung'
+    BACKOFF = 'backoff'
+    STOPPING = 'stopping'
+
+
+TRANSITIONS: Dict[EngineState, FrozenSet[EngineState]] = {
+    EngineState.STARTING: frozenset({EngineState.READY, EngineState.DIED, EngineState.STOPPING}),
+    EngineState.READY: frozenset({EngineState.DIED, EngineState.HUNG, EngineState.STOPPING}),
+    EngineState.DIED: frozenset({EngineState.BACKOFF, EngineState.STOPPING}),
+    EngineState.HUNG: frozenset({EngineState.BACKOFF, EngineState.STOPPING}),
+    EngineState.BACKOFF: frozenset({EngineState.STARTING, EngineState.STOPPING}),
+    EngineState.STOPPING: frozenset({EngineState.STARTING}),     # only for a reload
+}
+
+
+class TryKind(enum.Enum):
+    """Why somebody wants to go in: who may is decided in Watchdog._may_enter."""
+    LIGHT = 'GET or HEAD'
+    FIRST = 'first try of a POST'
+    SECOND = 'second try'
+
+
+class Waiter:
+    """What the watchdog needs to know of a request: how to make it wait, wake it and break it off."""
+
+    __slots__ = ('held_up', 'cut')
+    held_up: bool               # its own client takes no bytes
+    cut: Optional[str]          # the error code, where it was broken off
+    def rearm(self) -> None: ...
+    def wait(self, deadline: Deadline) -> None: ...
+    def wake(self) -> None: ...
+    def break_off(self, code: str) -> None: ...
+
+
+class WatchdogListener:
+    """What the watchdog tells others, from its own thread."""
+
+    def engine_changed(self, state: EngineState, detail: str) -> None: ...
+    def sign_of_life(self) -> None: ...
+    def engine_failed_to_start(self, message: str) -> None: ...
+    def watchdog_ended(self) -> None: ...
+
+
+def last_words(process: EngineProcess) -> str:
+    """An engine's last lines of output, as they stand at the end of an error message."""
+    lines = process.tail(10)
+    return '; its last output:\n    ' + '\n    '.join(lines) if lines else '; it printed nothing'
+
+
+class Watchdog:
+    """Keeps one engine running, and says when a try on it may start.
+
+    A try: `enter` (waits), the exchange with the engine, `leave`. One that broke queues up for
+    its second try with `replay_turn`, and `end_replay` says that it was answered or given up.
+    """
+
+    DEATH_SHOWS_WITHIN = 0.5    # seconds; the connection breaks before the reaper knows
+    PROBE_PAUSES = (0.02, 0.25)     # seconds between two health probes: at first, at most
+
+    def __init__(self, config: EngineConfig, drain_timeout: float, listener: WatchdogListener) -> None:
+        self._listener = listener
+        self._drain_timeout = drain_timeout
+        # _lock guards what follows, up to the blank line. Short, and never held while calling others.
+        self._lock = threading.Lock()
+        self._config = config
+        self._state = EngineState.STARTING
+        self._since = time.monotonic()
+        self._engaged: Set[Waiter] = set()          # tries in the engine
+        self._engaged_since = 0.0
+        self._waiting: Set[Waiter] = set()          # to be woken when anything here changes
+        self._replays: Deque[Waiter] = collections.deque()      # second tries; the first one has its turn
+        self._reload: Optional[EngineConfig] = None
+        self._closed = False
+
+        self._news = threading.Event()              # something for the watchdog's own thread to look at
+        self._stop = threading.Event()
+        self._process: Optional[EngineProcess] = None       # written by the watchdog's thread alone, like the rest
+        self._backoff = Backoff(config.restart_backoff)
+        self._starts = 0
+        self._was_ready = False
+        self._ready_seconds: Optional[float] = None
+        self._last_exit: Optional[str] = None
+        self._last_answer = 0.0                     # monotonic time of the last byte of any answer
+        self.generation = 0                         # of the engine that is ready
+        self._thread = threading.Thread(target=self._run, name='watchdog', daemon=True)
+
+    # -- for the threads of requests
+
+    @property
+    def ready(self) -> bool:
+        return self._state is EngineState.READY
+
+    def enter(self, exchange: Waiter, deadline: Deadline, kind: TryKind) -> int:
+        """Waits until a try may start and counts it as in the engine. Returns the engine's generation.
+
+        Raises GatewayError (503, 429) at the deadline, and what `exchange.wait` raises.
+        """
+        while True:
+            exchange.rearm()
+            with self._lock:
+                if self._closed:
+                    raise GatewayError('shutting_down', 'the gateway is shutting down; try again soon', 5)
+                if self._may_enter(exchange, kind):
+                    if not self._engaged:
+                        self._engaged_since = time.monotonic()
+                    self._engaged.add(exchange)
+                    exchange.cut = None     # of an engine before this one
+                    return self.generation
+                if deadline.expired:
+                    raise self._not_ready()
+                self._waiting.add(exchange)
+            try:
+                exchange.wait(deadline)
+            finally:
+                self._waiting.discard(exchange)
+
+    def _may_enter(self, exchange: Waiter, kind: TryKind) -> bool:
+        if self._state is not EngineState.READY or self._reload is not None:
+            return False
+        if kind is TryKind.SECOND:
+            return self._replays[0] is exchange
+        return kind is TryKind.LIGHT or not self._replays
+
+    def _not_ready(self) -> GatewayError:
+        if self._state is EngineState.READY:
+            return GatewayError('queue_timeout', 'waited too long: requests that an engine died of are tried again first', 10)
+        last = ', last exit: %s' % self._last_exit if self._last_exit else ''
+        return GatewayError('engine_not_ready', 'the engine did not become ready in time (state: %s%s); try again later'
+                            % (self._state.value, last), self.retry_after())
+
+    def retry_after(self) -> int:
+        """Seconds until a new engine is probably ready, 1 to 60."""
+        return max(1, min(60, math.ceil(self._ready_seconds or 5)))
+
+    def leave(self, exchange: Waiter) -> None:
+        """The try is over."""
+        with self._lock:
+            self._engaged.discard(exchange)
+            waited_for = self._reload is not None and not self._engaged
+        if waited_for:
+            self._news.set()
+
+    def await_death(self, exchange: Waiter, generation: int) -> None:
+        """After a connection broke: gives the engine's death a moment to show."""
+        deadline = Deadline(self.DEATH_SHOWS_WITHIN)
+        while not deadline.expired:
+            exchange.rearm()
+            with self._lock:
+                if self.generation != generation or self._state is not EngineState.READY:
+                    return
+                self._waiting.add(exchange)
+            try:
+                exchange.wait(deadline)
+            finally:
+                self._waiting.discard(exchange)
+
+    def queue_replay(self, exchange: Waiter) -> None:
+        """From now until `end_replay` no first try of a POST starts."""
+        with self._lock:
+            self._replays.append(exchange)
+
+    def replay_turn(self, exchange: Waiter) -> None:
+        """Waits until all earlier second tries were answered or given up; they have deadlines of their own."""
+        forever = Deadline(math.inf)
+        while True:
+            exchange.rearm()
+            with self._lock:
+                if self._replays[0] is exchange or self._closed:
+                    return
+                self._waiting.add(exchange)
+            try:
+                exchange.wait(forever)
+            finally:
+                self._waiting.discard(exchange)
+
+    def end_replay(self, exchange: Waiter) -> None:
+        with self._lock:
+            self._replays.remove(exchange)
+        self._wake_waiting()
+
+    def heard_answer(self) -> None:
+        """A byte of some answer came that is more than an SSE comment."""
+        self._last_answer = time.monotonic()
+
+    def _wake_waiting(self) -> None:
+        with self._lock:
+            waiting = list(self._waiting)
+        for exchange in waiting:
+            exchange.wake()
+
+    # -- for the gateway
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """No try starts any more; those who wait are refused."""
+        with self._lock:
+            self._closed = True
+        self._wake_waiting()
+
+    def stop(self, kill: bool = False) -> None:
+        """Stops the engine: what is in flight is closed first, since llama-server waits for its clients."""
+        self.close()
+        self._stop.set()
+        self._news.set()
+        process = self._process
+        if kill and process is not None:
+            process.kill()
+
+    def join(self, timeout: Optional[float] = None) -> bool:
+        """Waits for the watchdog's end; True when it has ended."""
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def reconfigure(self, config: EngineConfig, drain_timeout: float) -> bool:
+        """Takes a new section; the engine is restarted if it changed. Returns whether it did."""
+        with self._lock:
+            self._drain_timeout = drain_timeout
+            changed = config != (self._reload or self._config)
+            if changed:
+                self._reload = config
+        self._news.set()
+        return changed
+
+    def status(self) -> Dict[str, Any]:
+        process = self._process
+        with self._lock:
+            return {
+                'state': self._state.value,
+                'state_seconds': round(time.monotonic() - self._since, 3),
+                'pid': process.pid if process and self._state in (EngineState.STARTING, EngineState.READY) else None,
+                'restarts': max(0, self._starts - 1),
+                'ready_seconds': self._ready_seconds,
+                'last_exit': self._last_exit,
+                'output': [line[:500] for line in process.tail(20)] if process else [],
+            }
+
+    def slots(self) -> Optional[int]:
+        """How many requests the engine works on at once, as llama-server's /props says; None where it does not."""
+        process = self._process
+        try:
+            slots = json.loads(process.ask('/props')[1])['total_slots'] if process else None
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return None
+        return slots if isinstance(slots, int) else None
+
+    # -- the watchdog's own thread
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.is_set():
+                self._one_life()
+        except StartError as error:
+            self._change_state(EngineState.STOPPING, str(error))
+            self._listener.engine_failed_to_start(str(error))
+        except Exception as error:
+            log.exception('internal error in the watchdog')
+            self._listener.engine_failed_to_start('internal error in the watchdog: %r' % error)
+        finally:
+            if self._process:
+                self._process.kill()
+            self._listener.watchdog_ended()
+
+    def _one_life(self) -> None:
+        """From a start to the next pause. Raises StartError where the first start of all fails."""
+        with self._lock:
+            if self._reload is not None:
+                self._config, self._reload = self._reload, None
+                self._backoff = Backoff(self._config.restart_backoff)
+        try:
+            self._start_engine()
+            if not self._await_ready():
+                return self._stop_engine()
+        except StartError as error:
+            self._backoff.failed()
+            self._end_life(EngineState.DIED, str(error))
+            if not self._was_ready:
+                raise
+            return self._pause()
+        self._backoff.succeeded()
+        self._was_ready = True
+        end, why = self._await_end()
+        if end is EngineState.STOPPING:
+            return self._stop_engine()
+        self._end_life(end, why)
+        self._pause()
+
+    def _start_engine(self) -> None:
+        if self._state is not EngineState.STARTING:
+            self._change_state(EngineState.STARTING)
+        self._starts += 1
+        self._process = None
+        problem = port_problem(*self._config.base_url)
+        if problem:
+            raise StartError('the engine cannot start: %s' % problem)
+        process = EngineProcess(self._config, self._news.set)
+        try:
+            process.start()
+        except (OSError, ConfigError) as error:
+            raise StartError('the engine cannot start: %s' % error) from None
+        self._process = process
+        log.info('engine starting', {'pid': process.pid, 'command': masked(engine_command(self._config))})
+        self._listener.engine_changed(EngineState.STARTING, 'pid %d' % process.pid)
+
+    def _await_ready(self) -> bool:
+        """Until the engine is ready: True; False where a stop or reload came. Raises StartError otherwise."""
+        process = self._process
+        assert process is not None
+        pause, (first, longest) = 0.0, self.PROBE_PAUSES
+        heard = process.started
+        while not self._interrupted():
+            if process.exited.is_set():
+                raise StartError('the engine ended before it was ready: %s%s' % (process.exit_phrase, last_words(process)))
+            status = process.ask(self._config.health_path)[0] if self._config.health_path else 404
+            if process.exited.is_set():
+                continue        # whoever answered, it was not our child
+            if status == 200 or status == 404 and process.saw_ready_line:
+                self._became_ready(process)
+                return True
+            last = max(process.last_output, time.monotonic() if status == 503 else 0.0)
+            if last > heard:
+                heard = last
+                self._listener.sign_of_life()
+            if time.monotonic() - heard > self._config.start_timeout:
+                process.kill()
+                process.exited.wait(5)
+                raise StartError('the engine gave no sign of life for %g s while starting: %s%s'
+                                 % (self._config.start_timeout, self._what_was_missing(status), last_words(process)))
+            self._news.wait(pause)
+            self._news.clear()
+            pause = min(longest, max(first, pause * 1.5))
+        return False
+
+    def _what_was_missing(self, status: Optional[int]) -> str:
+        where = 'http://%s%s' % (bracketed(*self._config.base_url), self._config.health_path)
+        if status is None:
+            return 'nothing answers at %s; check the port in engine.args and engine.base_url' % where
+        if status in (401, 403):
+            return '%s says %d; put the key of --api-key into engine.api_key' % (where, status)
+        if status == 404:
+            return ('no line of its output matched engine.ready_pattern (%s), and it has no health path'
+                    % self._config.ready_pattern.pattern)
+        return '%s says %d instead of 200' % (where, status)
+
+    def _became_ready(self, process: EngineProcess) -> None:
+        process.saw_ready_line = True       # ends the matching
+        self._ready_seconds = round(time.monotonic() - process.started, 3)
+        self.generation += 1
+        self._change_state(EngineState.READY, '%.1f' % self._ready_seconds, pid=process.pid, seconds=self._ready_seconds)
+
+    def _interrupted(self) -> bool:
+        return self._stop.is_set() or self._reload is not None
+
+    def _await_end(self) -> Tuple[EngineState, str]:
+        """How the life of a ready engine ends: the next state, and why."""
+        process = self._process
+        assert process is not None
+        drained: Optional[Deadline] = None
+        while True:
+            if process.exited.is_set():
+                return EngineState.DIED, process.exit_phrase or ''
+            if self._stop.is_set():
+                return EngineState.STOPPING, 'stop'
+            if self._reload is not None:
+                drained = drained or Deadline(self._drain_timeout)
+                if not self._engaged or drained.expired:
+                    return EngineState.STOPPING, 'reload'
+            if self._is_hung(process):
+                log.error('engine hung: no byte of an answer and no line of output', {'pid': process.pid, 'seconds': self._config.hang_timeout})
+                return EngineState.HUNG, 'hung'
+            pause = drained.remaining() if drained else math.inf
+            if self._config.hang_timeout:
+                pause = min(pause, self._config.hang_timeout / 4)
+            self._news.wait(None if math.isinf(pause) else pause)
+            self._news.clear()
+
+    def _is_hung(self, process: EngineProcess) -> bool:
+        if not self._config.hang_timeout:
+            return False
+        with self._lock:
+            active = any(not exchange.held_up for exchange in self._engaged)
+            if not active:
+                self._engaged_since = time.monotonic()
+            last = max(self._engaged_since, self._last_answer, process.last_output)
+        return active and time.monotonic() - last > self._config.hang_timeout
+
+    def _end_life(self, state: EngineState, why: str) -> None:
+        """The engine died, hung, or did not start: nothing of it stays."""
+        process = self._process
+        if process:
+            process.kill()
+            process.exited.wait(10)
+            self._last_exit = process.exit_phrase
+        self._change_state(state, why, why=why)
+        for exchange in list(self._engaged):
+            exchange.break_off('engine_failed')
+
+    def _stop_engine(self) -> None:
+        """A polite stop, for good or for a reload: what is in flight is closed first."""
+        self._change_state(EngineState.STOPPING)
+        for exchange in list(self._engaged):
+            exchange.break_off('shutting_down' if self._stop.is_set() else 'engine_failed')
+        if self._process:
+            self._process.terminate(self._config.stop_timeout)
+            self._last_exit = self._process.exit_phrase
+            log.info('engine stopped', {'pid': self._process.pid, 'exit': self._last_exit})
+
+    def _pause(self) -> None:
+        """The backoff; a stop or a reload ends it."""
+        pause = self._backoff.pause()
+        deadline = Deadline(pause)
+        self._change_state(EngineState.BACKOFF, '%g' % pause, seconds=pause)
+        while not self._interrupted() and not deadline.expired:
+            self._news.wait(deadline.remaining())
+            self._news.clear()
+        if self._stop.is_set():
+            self._change_state(EngineState.STOPPING)
+
+    def _change_state(self, new: EngineState, detail: str = '', **fields: object) -> None:
+        with self._lock:
+            if new not in TRANSITIONS[self._state]:
+                raise AssertionError('no transition from %s to %s' % (self._state, new))
+            self._state, self._since = new, time.monotonic()
+        self._wake_waiting()
+        level = logging.WARNING if new in (EngineState.DIED, EngineState.HUNG) else logging.INFO
+        if new is not EngineState.STARTING:      # told with its pid and command once it has them
+            log.log(level, 'engine ' + new.value, fields)
+            self._listener.engine_changed(new, detail)
+
+
+
+
+# ---------------------------------------------------------------------------------------------
+# HTTP messages: pure functions of bytes
+
+LINE_LENGTH = 8192          # bytes of a request line or header line; nginx and llama-server have the same limit
+HEAD_LENGTH = 65536         # bytes of a whole head
+HEADER_COUNT = 100          # as http.client's and llama-server's
+CHUNK_LINE = 1024           # bytes of a chunk's size line with its extensions
+
+_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_REQUEST_LINE = re.compile(rb'(' + _TOKEN + rb') ([!-~]+) HTTP/1\.([01])')
+_STATUS_LINE = re.compile(rb'HTTP/1\.([01]) ([1-9]\d\d)(?: ([^\x00-\x08\x0a-\x1f\x7f]*))?')
+_HEADER_LINE = re.compile(rb'(' + _TOKEN + rb'):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n')     # no obs-fold, no blank before the colon
+_NOT_IN_A_HEAD = re.compile(rb'[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?!\n|$)')
+_CHUNK_SIZE = re.compile(rb'([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t -~\x80-\xff]*)?')
+_ABSOLUTE_FORM = re.compile(r'https?://([^/?#]*)(/[^?#]*)?(\?.*)?', re.IGNORECASE)
+_HOST = re.compile(r'(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%-]*)(?::([0-9]{0,5}))?')
+_SUSPICIOUS_PATH = re.compile(r'[%\\]|/\.')
+_BAD_ESCAPE = re.compile(r'%(?![0-9A-Fa-f]{2})')
+REQUEST_ID = re.compile(rb'[A-Za-z0-9._:/+=@~-]{1,128}')
+
+Headers = List[Tuple[bytes, bytes]]
+Body = Union[bytes, bytearray]
+
+# RFC 9110, section 7.6.1, and the older ones of RFC 2616, section 13.5.1.
+HOP_BY_HOP = frozenset((b'connection', b'keep-alive', b'proxy-authenticate', b'proxy-authorization', b'proxy-connection',
+                        b'te', b'trailer', b'transfer-encoding', b'upgrade'))
+
+
+class Malformed(ValueError):
+    """Bytes that are not what HTTP/1.1 says; the text says what is wrong."""
+
+
+def parse_headers(block: bytes) -> Headers:
+    """Header lines, each ended by CRLF, as (name, value) pairs. Raises Malformed."""
+    found = _HEADER_LINE.findall(block)
+    if sum([len(name) + len(value) + 3 for name, value in found]) != len(block):
+        raise Malformed('a header line is malformed')
+    return [(name, value.strip(b' \t')) for name, value in found]
+
+
+@functools.lru_cache(maxsize=1024)
+def parse_chunk_size(line: bytes) -> int:
+    """The size in a chunk's first line (without CRLF). Cached, since streams repeat a few sizes. Raises Malformed."""
+    match = _CHUNK_SIZE.fullmatch(line)
+    if not match:
+        raise Malformed('a chunk size is malformed')
+    return int(match.group(1), 16)
+
+
+def parse_length(value: bytes) -> int:
+    """A Content-Length: plain decimal digits only. Raises Malformed."""
+    if not value.isdigit():
+        raise Malformed('Content-Length is not a plain decimal number')
+    return int(value.lstrip(b'0')[:19] or b'0')
+
+
+def split_target(target: str) -> Tuple[Optional[str], str]:
+    """(authority of an absolute-form target or None, path with query). Raises Malformed."""
+    if '#' in target:
+        raise Malformed('the request target has a fragment')
+    if target.startswith('/'):
+        return None, target
+    match = _ABSOLUTE_FORM.fullmatch(target)
+    if not match:
+        raise Malformed('the request target is neither a path nor an http URL')
+    return match.group(1), (match.group(2) or '/') + (match.group(3) or '')
+
+
+def check_path(path: str) -> None:
+    """Refuses what another program could take for another path once it has decoded it. Raises Malformed."""
+    if not _SUSPICIOUS_PATH.search(path):
+        return
+    if _BAD_ESCAPE.search(path):
+        raise Malformed('the path has a % without two hexadecimal digits')
+    decoded = urllib.parse.unquote_to_bytes(path)
+    if re.search(rb'[\x00-\x1f\x7f\\]', decoded):
+        raise Malformed('the path has a backslash or a control character')
+    if any(segment.split(b';')[0] in (b'.', b'..') for segment in decoded.split(b'/')):
+        raise Malformed('the path has a . or .. segment')
+
+
+class RequestHead:
+    """A request's head, parsed and found strictly well-formed."""
+
+    __slots__ = ('method', 'target', 'path', 'host', 'headers', 'names', 'fields', 'version11', 'keep_alive', 'length', 'chunked',
+                 'expects')
+
+    def __init__(self, head: bytes) -> None:
+        """`head` ends with the CRLF of its last header line. Raises Malformed."""
+        line, _, block = head.partition(b'\r\n')
+        match = _REQUEST_LINE.fullmatch(line)
+        if not match:
+            raise Malformed('the request line is malformed, or its version neither HTTP/1.0 nor HTTP/1.1')
+        method, target, minor = match.groups()
+        self.method = method.decode()
+        self.version11 = minor == b'1'
+        self.headers = parse_headers(block)
+        self.names = [name.lower() for name, _ in self.headers]
+        self.fields = dict(zip(self.names, [value for _, value in self.headers]))
+        self._read_target(target.decode())
+        self._read_framing()
+        connection = self.fields.get(b'connection', b'').lower()
+        if len(self.names) > len(self.fields):
+            connection = b','.join(self.all(b'connection')).lower()
+        options = [option.strip() for option in connection.split(b',')] if connection else []
+        self.keep_alive = b'close' not in options and (self.version11 or b'keep-alive' in options)
+
+    def all(self, name: bytes) -> List[bytes]:
+        """The values of all fields with this (lower-case) name."""
+        return [value for n, (_, value) in zip(self.names, self.headers) if n == name]
+
+    def text(self, name: bytes) -> str:
+        return self.fields.get(name, b'').decode('latin-1')
+
+    def _read_target(self, target: str) -> None:
+        if target == '*' and self.method == 'OPTIONS':
+            authority, self.target = None, '*'
+        else:
+            authority, self.target = split_target(target)
+        self.path = self.target.partition('?')[0]
+        check_path(self.path)
+        repeated = self.names.count(b'host')
+        if repeated > 1 or self.version11 and not repeated:
+            raise Malformed('Host is missing or given twice')
+        self.host = self.text(b'host')
+        if not _HOST.fullmatch(self.host):
+            raise Malformed('Host is malformed')
+        if authority is not None:       # RFC 9112, section 3.2.2: it replaces Host
+            self.host = authority
+            if not authority or not _HOST.fullmatch(authority):
+                raise Malformed('the request target has a malformed host')
+
+    def _read_framing(self) -> None:
+        """RFC 9112, section 6; where it leaves a choice, the strict one: request smuggling lives on the others."""
+        names, fields = self.names, self.fields
+        self.length, self.chunked = 0, False
+        if b'transfer-encoding' in fields:
+            if b'content-length' in fields:
+                raise Malformed('Content-Length and Transfer-Encoding in one request')
+            if names.count(b'transfer-encoding') > 1 or fields[b'transfer-encoding'].lower() != b'chunked' or not self.version11:
+                raise Malformed('Transfer-Encoding is something else than one chunked')
+            self.chunked = True
+        elif b'content-length' in fields:
+            if names.count(b'content-length') > 1:
+                raise Malformed('Content-Length is given twice')
+            self.length = parse_length(fields[b'content-length'])
+        self.expects = b'expect' in fields
+        if self.expects and (names.count(b'expect') > 1 or fields[b'expect'].lower() != b'100-continue'):
+            raise Malformed('Expect is something else than 100-continue')
+
+
+class AnswerHead:
+    """The head of the engine's answer. `length` is None where Content-Length does not say it."""
+
+    __slots__ = ('status', 'reason', 'headers', 'names', 'length', 'chunked', 'will_close', 'event_stream')
+
+    def __init__(self, head: bytes) -> None:
+        """`head` ends with the CRLF of its last header line. Raises Malformed."""
+        line, _, block = head.partition(b'\r\n')
+        match = _STATUS_LINE.fullmatch(line)
+        if not match:
+            raise Malformed('its status line is malformed')
+        self.status = int(match.group(2))
+        self.reason = match.group(3) or b''
+        self.headers = parse_headers(block)
+        self.names = [name.lower() for name, _ in self.headers]
+        fields = dict(zip(self.names, [value for _, value in self.headers]))
+        coding = fields.get(b'transfer-encoding')
+        if coding is not None and (coding.lower() != b'chunked' or b'content-length' in fields):
+            raise Malformed('its body is framed in a way that cannot be followed')
+        self.chunked = coding is not None
+        self.length = parse_length(fields[b'content-length']) if b'content-length' in fields else None
+        if self.names.count(b'content-length') > 1:
+            raise Malformed('it has two lengths')
+        connection = fields.get(b'connection', b'').lower()
+        self.will_close = b'close' in connection or match.group(1) == b'0' and b'keep-alive' not in connection
+        self.event_stream = fields.get(b'content-type', b'').lower().startswith(b'text/event-stream')
+
+
+def nominated(names: Sequence[bytes], headers: Headers) -> Set[bytes]:
+    """The header names that Connection makes hop-by-hop."""
+    return {option.strip().lower() for name, (_, value) in zip(names, headers) if name == b'connection' for option in value.split(b',')}
+
+
+def passed_on(names: Sequence[bytes], headers: Headers, dropped: FrozenSet[bytes]) -> List[bytes]:
+    """Header lines that go on to the other side: less the hop-by-hop ones, those Connection names, and `dropped`."""
+    if b'connection' in names:
+        dropped = dropped | nominated(names, headers)
+    return [b'%s: %s' % header for name, header in zip(names, headers) if name not in dropped]
+
+
+def chunk(payload: bytes) -> bytes:
+    """A payload (not an empty one: that would end the body) as one chunk."""
+    return b'%x\r\n%s\r\n' % (len(payload), payload)
+
+
+class BodyFollower:
+    """Follows the framing of a body whose bytes come in pieces.
+
+    `feed` takes a piece and returns the bytes of it that may be passed on as they are. `done`
+    says that the body is whole, `excess` are bytes behind its end, `tail` the last four bytes
+    of payload, and `payload`, where it is a list, collects the payload without the framing.
+    """
+
+    def __init__(self, collect: bool = False) -> None:
+        self.done = False
+        self.excess = b''
+        self.tail = b''
+        self.payload: Optional[List[bytes]] = [] if collect else None
+
+    def feed(self, data: bytes) -> bytes:
+        """Raises Malformed."""
+        self.tail = (self.tail + data[-4:])[-4:]
+        if self.payload is not None:
+            self.payload.append(data)
+        return data
+
+    def end_of_file(self) -> None:
+        """The sender has closed: says whether that is an end (`done`)."""
+
+    def insert(self, event: bytes) -> bytes:
+        """The bytes that add an event behind what was passed on, within the framing."""
+        return event
+
+    def take_payload(self) -> bytes:
+        """The payload collected since the last call."""
+        pieces, self.payload = self.payload or [], []
+        return b''.join(pieces)
+
+
+class BodyUntilClose(BodyFollower):
+    """A body without a length: it ends with the connection, and nobody can tell whether it was cut."""
+
+    def end_of_file(self) -> None:
+        self.done = True
+
+
+class BodyByLength(BodyFollower):
+    """A body of an announced length."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self._left = length
+        self.done = not length
+
+    def feed(self, data: bytes) -> bytes:
+        if len(data) > self._left:
+            data, self.excess = data[:self._left], data[self._left:]
+        self._left -= len(data)
+        self.done = not self._left
+        return super().feed(data)
+
+
+class ChunkedBody(BodyFollower):
+    """A chunked body. Boundaries are followed, not guessed: the end mark may stand inside data.
+
+    What `feed` returns never ends within a size line or the end mark, so that an event can be
+    inserted, and a cut body never looks whole.
+    """
+
+    def __init__(self, collect: bool = False) -> None:
+        super().__init__(collect)
+        self._left = 0          # bytes of the chunk that are still to come, its CRLF included; 0: a size line is next
+        self._held = b''        # the beginning of a size line or of the end mark
+        self.announced = 0      # payload bytes of all chunks whose size is known
+
+    def feed(self, data: bytes) -> bytes:
+        if self._held:
+            data, self._held = self._held + data, b''
+        at, end = 0, len(data)
+        first, last = 0, 0      # where the payload that came last begins and ends
+        while at < end:
+            if not self._left:
+                size, start = self._size_at(data, at)
+                if size is None:
+                    self._held, data = data[at:], data[:at]
+                    break
+                if not size:
+                    data, at = self._end_at(data, at, start)
+                    break
+                self.announced += size
+                self._left, at = size + 2, start
+            first, last, at = self._payload_at(data, at, end)
+        if last > first:
+            self.tail = (self.tail + data[max(first, last - 4):last])[-4:]
+        return data
+
+    def _size_at(self, data: bytes, at: int) -> Tuple[Optional[int], int]:
+        """(size, where the payload starts), or (None, at) while the line is not there whole."""
+        end = data.find(b'\r\n', at, at + CHUNK_LINE)
+        if end < 0:
+            if len(data) - at >= CHUNK_LINE or _NOT_IN_A_HEAD.search(data, at):
+                raise Malformed('a chunk size is malformed')
+            return None, at
+        return parse_chunk_size(data[at:end]), end + 2
+
+    def _payload_at(self, data: bytes, at: int, end: int) -> Tuple[int, int, int]:
+        """Passes over one chunk, as far as it is there. Returns where its payload begins and ends, and what follows."""
+        stop = at + self._left
+        last = stop - 2
+        if stop <= end:
+            if data[max(last, at):stop] != b'\r\n'[-self._left:]:
+                raise Malformed('a chunk is longer than its size')
+            self._left = 0
+        else:
+            self._left = stop - end
+            if self._left == 1 and data[-1:] != b'\r':
+                raise Malformed('a chunk is longer than its size')
+            stop, last = end, min(last, end)
+        if self.payload is not None and last > at:
+            self.payload.append(data[at:last])
+        return at, last, stop
+
+    def _end_at(self, data: bytes, at: int, start: int) -> Tuple[bytes, int]:
+        """The last chunk and its trailers: held until they are whole; the trailers are dropped."""
+        if data.startswith(b'\r\n', start):
+            stop = start + 2
+        else:
+            stop = data.find(b'\r\n\r\n', start) + 4
+            if stop < 4:
+                if len(data) - start > HEAD_LENGTH or _NOT_IN_A_HEAD.search(data, start):
+                    raise Malformed('a trailer is malformed')
+                self._held = data[at:]
+                return data[:at], at
+            parse_headers(data[start:stop - 2])
+        self.done = True
+        self.excess = data[stop:]
+        return data[:at] + b'0\r\n\r\n', at
+
+    def insert(self, event: bytes) -> bytes:
+        """Within an unfinished chunk its announced size has to be filled first: the receiver counts."""
+        room = self._left - 2
+        if room <= 0:
+            return b'\r\n'[len(b'\r\n') - self._left:] + chunk(event) if self._left else chunk(event)
+        if room < len(event):
+            return event[:room] + b'\r\n' + chunk(event[room:])
+        if room - len(event) > HEAD_LENGTH:
+            return event        # not worth filling; it is seen by whoever reads as it arrives
+        filler = room - len(event)      # an SSE comment, or single line ends
+        return event + (b':' + b' ' * (filler - 2) + b'\n' if filler > 1 else b'\n' * filler) + b'\r\n'
+
+
+# ---------------------------------------------------------------------------------------------
+# Relay
+
+RECV_SIZE = 65536
+READ_AHEAD = 65536      # bytes of pipelined requests that are kept while one is in progress
+_WOULD_BLOCK = (BlockingIOError, socket.timeout)    # what SO_RCVTIMEO and SO_SNDTIMEO end in; Windows: a timeout
+
+
+def set_socket_timeout(sock: socket.socket, option: int, seconds: float) -> None:
+    """SO_RCVTIMEO or SO_SNDTIMEO. `settimeout` would cost a poll before each call; infinity is without limit."""
+    if math.isinf(seconds) or seconds > 1e8:
+        seconds = 0.0
+    elif seconds < 0.001:
+        seconds = 0.001     # 0 would mean without limit
+    if POSIX:
+        value: Union[bytes, int] = struct.pack('ll', int(seconds), int(seconds % 1 * 1e6))
+    else:
+        value = int(seconds * 1000)
+    sock.setsockopt(socket.SOL_SOCKET, option, value)
+
+
+def shut(sock: socket.socket) -> None:
+    """Ends a connection from another thread: a recv or send that blocks in it returns."""
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass
+
+
+class ClientConnection:
+    """A client's connection: the socket, and what was received and not yet used."""
+
+    __slots__ = ('sock', 'address', 'buffer', '_patience', '_usual')
+
+    def __init__(self, sock: socket.socket, address: str, server: ServerConfig) -> None:
+        self.sock = sock
+        self.address = address
+        self.buffer = b''
+        sock.setblocking(True)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        set_socket_timeout(sock, socket.SO_SNDTIMEO, server.write_timeout)
+        self._usual = min(server.idle_timeout, server.read_timeout)
+        self._patience = 0.0        # what SO_RCVTIMEO is set to
+        self.be_patient(self._usual)
+
+    def be_patient(self, seconds: float) -> None:
+        if self._patience != seconds:
+            self._patience = seconds
+            set_socket_timeout(self.sock, socket.SO_RCVTIMEO, seconds)
+
+    def receive(self, deadline: Deadline, into: Optional[memoryview] = None) -> Union[bytes, int]:
+        """Some bytes (or their number, where they went `into`); none at end-of-file. Raises socket.timeout.
+
+        The usual patience is tried first and often enough, so that a request costs no setsockopt.
+        """
+        while True:
+            remaining = deadline.remaining()
+            if not remaining:
+                self.be_patient(self._usual)
+                raise socket.timeout
+            if remaining < self._patience:
+                self.be_patient(remaining)
+            elif self._patience < self._usual:
+                self.be_patient(min(self._usual, remaining))
+            try:
+                return self.sock.recv(RECV_SIZE) if into is None else self.sock.recv_into(into)
+            except _WOULD_BLOCK:
+                continue
+            except OSError:
+                return b'' if into is None else 0
+
+    def send(self, data: bytes) -> None:
+        """Sends all of it. Raises ClientGone, also where the client takes no bytes for write_timeout."""
+        try:
+            self.sock.sendall(data)
+        except OSError:
+            raise ClientGone from None
+
+
+class Exchange(Waiter):
+    """What one request holds while it is in progress, and how it is cancelled.
+
+    Whoever waits for it, wherever, is woken: a waiter by its event, a blocked recv or send on
+    the engine's connection by shutting that down.
+    """
+
+    __slots__ = ('connection', 'relay', 'id', 'client', 'method', 'path', 'started', 'queue_seconds', 'first_byte', 'status', 'outcome',
+                 'sent', 'tokens', 'prompt_tokens', 'counted', 'well_answered', 'head_sent', 'gone', 'refusal', 'watched',
+                 'arrived', 'finished', 'heartbeat', '_lock', '_event', '_engine')
+
+    def __init__(self, connection: ClientConnection, relay: 'Relay', request_id: str) -> None:
+        self.connection = connection
+        self.relay = relay
+        self.id = request_id
+        self.client = connection.address
+        self.method = self.path = '-'
+        self.started = time.monotonic()
+        self.arrived = self.started                 # when the request was there whole
+        self.queue_seconds = 0.0
+        self.first_byte: Optional[float] = None     # monotonic
+        self.status: Optional[int] = None
+        self.outcome = ''
+        self.sent = 0                               # body bytes
+        self.tokens: Optional[int] = None
+        self.prompt_tokens: Optional[int] = None
+        self.counted = False                        # GET, HEAD or POST under a forwarded prefix
+        self.well_answered = False                  # by the engine, below 400: its path becomes a label in the metrics
+        self.head_sent = False                      # the commit point: what follows cannot be another answer
+        self.held_up = False
+        self.watched = False
+        self.heartbeat: Optional[Callable[[], float]] = None    # sends one where it is due, returns seconds to the next
+        # _lock guards what follows: decided under it, a cancel never hits a connection that is no longer ours.
+        self._lock = threading.Lock()
+        self.gone = False                           # the client left
+        self.finished = False
+        self.refusal: Optional[GatewayError] = None
+        self.cut: Optional[str] = None              # the error code, where it was broken off
+        self._engine: Optional[socket.socket] = None
+        self._event: Optional[threading.Event] = None
+
+    # -- for its own thread
+
+    def rearm(self) -> None:
+        if self._event is None:
+            self._event = threading.Event()
+        self._event.clear()
+
+    def wait(self, deadline: Deadline) -> None:
+        """Until somebody wakes it or the deadline has passed. Raises ClientGone, or why it is refused."""
+        assert self._event is not None
+        self.watch()
+        timeout = deadline.remaining()
+        if self.heartbeat:
+            timeout = min(timeout, self.heartbeat())
+        if not (self.gone or self.refusal):
+            self._event.wait(None if math.isinf(timeout) else timeout)
+        if self.gone:
+            raise ClientGone
+        if self.refusal:
+            raise self.refusal
+
+    def wait_for_relay(self) -> None:
+        """Until the relay says that a stream is over."""
+        assert self._event is not None
+        self._event.wait()
+
+    def watch(self) -> None:
+        """From now on the relay notices when the client leaves. Not done at once: most requests are over before."""
+        if not self.watched:
+            self.watched = True
+            self.relay.post(self.relay.watch, self)
+
+    def attach(self, engine: socket.socket) -> None:
+        """The connection to the engine that a cancel has to shut. Raises ClientGone, EngineBroke."""
+        with self._lock:
+            self._engine = engine
+            gone, cut = self.gone, self.cut
+        if gone:
+            raise ClientGone
+        if cut:
+            raise EngineBroke('it was broken off')
+
+    def detach(self) -> None:
+        with self._lock:
+            self._engine = None
+
+    def finish(self) -> None:
+        """The request is over: the connection belongs to its own thread again."""
+        with self._lock:
+            self.finished = True
+        if self.watched:
+            self.relay.post(self.relay.unwatch, self, wake=False)
+
+    # -- for others
+
+    def wake(self) -> None:
+        event = self._event
+        if event is not None:
+            event.set()
+
+    def cancel(self) -> None:
+        """The client left: everything that is done for it ends."""
+        self._interrupt(gone=True)
+
+    def break_off(self, code: str) -> None:
+        """The engine's side ends; the client is told so with this error code."""
+        self._interrupt(code=code)
+
+    def refuse(self, error: GatewayError) -> None:
+        """Whoever waits in line is sent away."""
+        self.refusal = error
+        self.wake()
+
+    def _interrupt(self, gone: bool = False, code: Optional[str] = None) -> None:
+        with self._lock:
+            if self.finished:
+                return
+            self.gone = self.gone or gone
+            self.cut = self.cut or code
+            engine = self._engine
+            if engine is not None:
+                shut(engine)        # under the lock: afterwards it may be somebody else's
+        self.wake()
+
+    def read_ahead(self) -> bool:
+        """Called by the relay when the client's socket is readable: False when there is nothing left to watch for.
+
+        End-of-file cancels the request; other bytes are a pipelined request, kept for its own thread.
+        """
+        with self._lock:
+            if self.finished:
+                return False
+            try:
+                data = self.connection.sock.recv(RECV_SIZE, getattr(socket, 'MSG_DONTWAIT', 0))
+            except _WOULD_BLOCK:
+                return True
+            except OSError:
+                data = b''
+            if data:
+                self.connection.buffer += data
+                return len(self.connection.buffer) < READ_AHEAD
+        self.cancel()
+        return False
+
+
+def finished_event(tail: bytes) -> bytes:
+    """What ends an unfinished SSE event, by the last bytes of the stream."""
+    if not tail or tail.endswith((b'\n\n', b'\r\n\r\n', b'\r\r')):
+        return b''
+    return b'\n' if tail.endswith(b'\n') else b'\n\n'
+
+
+class Stream:
+    """An answer on its way from the engine to a client. Once posted, it belongs to the relay's thread.
+
+    `translate` is 'raw' (bytes pass as they are), 'decode' (chunks are undone, for HTTP/1.0)
+    or 'encode' (chunks are made, of a body that ends with its connection).
+    """
+
+    __slots__ = ('exchange', 'engine', 'client', 'body', 'translate', 'event_stream', 'heard', 'recent', 'result', 'fault', '_relay',
+                 '_pending', '_ending')
+
+    RECENT = 2048       # bytes kept of the end of a stream, for usage and errors
+
+    def __init__(self, exchange: Exchange, engine: socket.socket, body: BodyFollower, translate: str, event_stream: bool,
+                 heard: Optional[Callable[[], None]]) -> None:
+        self.exchange = exchange
+        self.engine = engine
+        self.client = exchange.connection.sock
+        self.body = body
+        self.translate = translate
+        self.event_stream = event_stream
+        self.heard = heard              # told of each sign of life, where somebody wants to know
+        self.recent = b''
+        self.result = ''                # 'ok', 'truncated' or 'cancelled' when it is over
+        self.fault = ''                 # why it was truncated
+        self._relay = exchange.relay
+        self._pending = b''             # what the client did not take yet
+        self._ending = ''               # the result, once _pending has left
+
+    def digest(self, data: bytes) -> bytes:
+        """What the client gets for bytes of the engine's. Raises Malformed."""
+        out = self.body.feed(data)
+        if self.heard or self.translate != 'raw':
+            out = self._translated(out)
+        self.recent = (self.recent + out)[-self.RECENT:] if len(out) < self.RECENT else out[-self.RECENT:]
+        if self.body.done and self.translate == 'encode':
+            out += b'0\r\n\r\n'
+        return out
+
+    def _translated(self, out: bytes) -> bytes:
+        payload = self.body.take_payload() if self.body.payload is not None else out
+        if self.heard and payload.strip() and not all(line.startswith(b':') for line in payload.split(b'\n') if line.strip()):
+            self.heard()
+        if self.translate == 'raw':
+            return out
+        if self.translate == 'decode':
+            return payload
+        return chunk(payload) if payload else b''
+
+    def on_engine(self) -> None:
+        """The engine's socket is readable."""
+        try:
+            data = self.engine.recv(RECV_SIZE)
+        except _WOULD_BLOCK:
+            return
+        except OSError:
+            data = b''
+        if not data:
+            return self._engine_closed()
+        try:
+            out = self.digest(data)
+        except Malformed as error:
+            return self._break(str(error))
+        self._send(out)
+        if self.body.done:
+            self._end('ok')
+
+    def _send(self, out: bytes) -> None:
+        self.exchange.sent += len(out)
+        if self._pending:
+            self._pending += out
+            return
+        try:
+            taken = self.client.send(out) if out else 0
+        except _WOULD_BLOCK:
+            taken = 0
+        except OSError:
+            return self._relay.end(self, 'cancelled')
+        if taken < len(out):
+            self._pending = out[taken:]
+            self.exchange.held_up = True
+            self._relay.hold(self)
+
+    def _engine_closed(self) -> None:
+        self.body.end_of_file()
+        if not self.body.done:
+            return self._break('it hung up')
+        if self.translate == 'encode':
+            self._send(b'0\r\n\r\n')
+        self._end('ok')
+
+    def _break(self, why: str) -> None:
+        """The engine cannot finish: the client is told by an error event, and by the end mark that never comes."""
+        self.fault = why
+        if self.event_stream and not self.exchange.gone:
+            code = self.exchange.cut or 'engine_failed'
+            text = 'the gateway is shutting down' if code == 'shutting_down' else 'the engine broke off in the middle of the answer'
+            event = finished_event(self.body.tail) + b'data: ' + GatewayError(code, text).body() + b'\n\n'
+            self._send({'raw': self.body.insert, 'encode': chunk, 'decode': bytes}[self.translate](event))
+        self._end('truncated')
+
+    def _end(self, result: str) -> None:
+        if self._pending:
+            self._ending = result
+            self._relay.hold(self)
+        elif not self.result:
+            self._relay.end(self, result)
+
+    def on_client(self, writable: bool) -> None:
+        """The client's socket is readable, or writable again."""
+        if writable and self._pending:
+            try:
+                self._pending = self._pending[self.client.send(self._pending):]
+            except _WOULD_BLOCK:
+                pass
+            except OSError:
+                return self._relay.end(self, 'cancelled')
+            if self._pending:
+                self._relay.hold(self)
+            elif self._ending:
+                return self._relay.end(self, self._ending)
+            else:
+                self.exchange.held_up = False
+                self._relay.resume(self)
+        elif not self.exchange.read_ahead():
+            if self.exchange.gone:
+                self._relay.end(self, 'cancelled')
+            else:
+                self._relay.stop_reading(self)
+
+
+class Relay(threading.Thread):
+    """The one selector thread: watches the clients of requests that last, and copies all streams.
+
+    All of it belongs to this thread; others post to its mailbox. A client that does not read
+    holds up nobody: what it did not take is kept (one piece), and its engine's socket rests.
+    """
+
+    READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+
+    def __init__(self) -> None:
+        super().__init__(name='relay', daemon=True)
+        self._selector = selectors.DefaultSelector()
+        self._mail: Deque[Tuple[Callable[..., None], Any]] = collections.deque()
+        self._waker, self._wakened = socket.socketpair()
+        self._waker.setblocking(False)
+        self._wakened.setblocking(False)
+        self._asleep = True             # whether a letter has to ring
+        self._closed = False
+        self._held: Dict[Stream, Deadline] = {}     # streams whose client takes no bytes, the longest first
+        self.write_timeout = 30.0       # seconds
+
+    # -- for others
+
+    def post(self, what: Callable[..., None], argument: Any, wake: bool = True) -> None:
+        """Has `what(argument)` done by the relay's thread, in order; at its next occasion, where `wake` is false."""
+        self._mail.append((what, argument))
+        if wake and self._asleep:
+            self._asleep = False
+            try:
+                self._waker.send(b'\0')
+            except OSError:
+                pass        # it is full, so it rings already, or the relay has ended
+
+    def close(self) -> None:
+        self.post(self._close, None)
+
+    # -- its own thread
+
+    def run(self) -> None:
+        self._selector.register(self._wakened, self.READ, self._drain_waker)
+        while not self._closed:
+            for key, events in self._selector.select(self._patience()):
+                self._guarded(key.data, events)
+            if self._held:
+                self._end_stalled()
+            self._take_mail()
+        self._selector.close()
+        self._waker.close()
+        self._wakened.close()
+
+    def _guarded(self, what: Callable[[Any], None], argument: Any) -> None:
+        try:
+            what(argument)
+        except Exception:       # a fault in one stream is not the others'
+            log.exception('internal error in the relay')
+
+    def _take_mail(self) -> None:
+        self._asleep = True     # before the box is emptied: a letter that comes now rings
+        while self._mail:
+            what, argument = self._mail.popleft()
+            self._guarded(what, argument)
+
+    def _drain_waker(self, events: int) -> None:
+        try:
+            self._wakened.recv(4096)
+        except OSError:
+            pass
+
+    def _patience(self) -> Optional[float]:
+        for deadline in self._held.values():
+            return None if math.isinf(deadline.remaining()) else deadline.remaining()
+        return None
+
+    def _end_stalled(self) -> None:
+        while self._held:
+            stream, deadline = next(iter(self._held.items()))
+            if not deadline.expired:
+                return
+            self.end(stream, 'cancelled')
+
+    def _close(self, _: None) -> None:
+        self._closed = True
+
+    def _set(self, sock: socket.socket, events: int, callback: Callable[[int], None]) -> None:
+        """Registers a socket, or changes what is registered under its number."""
+        fd = sock.fileno()
+        if fd < 0:
+            return
+        if fd in self._selector.get_map():
+            self._forget(fd)
+        if events:
+            self._selector.register(fd, events, callback)
+
+    def _forget(self, fd: int) -> None:
+        try:
+            self._selector.unregister(fd)
+        except (KeyError, ValueError):
+            pass
+
+    # -- letters
+
+    def watch(self, exchange: Exchange) -> None:
+        """Notices when the client leaves."""
+        def on_client(events: int) -> None:
+            if not exchange.read_ahead() and not exchange.finished:
+                self._forget(fd)
+        fd = exchange.connection.sock.fileno()
+        if not exchange.finished:
+            self._set(exchange.connection.sock, self.READ, on_client)
+
+    def unwatch(self, exchange: Exchange) -> None:
+        """The fd may be closed, and its number used again; its new owner's letter comes later."""
+        self._set(exchange.connection.sock, 0, lambda events: None)
+
+    def copy(self, stream: Stream) -> None:
+        """Copies a stream until its end; its exchange is woken then."""
+        self._set(stream.engine, self.READ, lambda events: stream.on_engine())
+        self._set(stream.client, self.READ, lambda events: stream.on_client(bool(events & self.WRITE)))
+        if stream.exchange.gone:
+            self.end(stream, 'cancelled')
+
+    def hold(self, stream: Stream) -> None:
+        """The client takes no bytes: the engine's side rests until it does."""
+        self._held.pop(stream, None)
+        self._held[stream] = Deadline(self.write_timeout)
+        self._set(stream.engine, 0, lambda events: None)
+        self._set(stream.client, self.READ | self.WRITE, lambda events: stream.on_client(bool(events & self.WRITE)))
+
+    def resume(self, stream: Stream) -> None:
+        self._held.pop(stream, None)
+        self.copy(stream)
+
+    def stop_reading(self, stream: Stream) -> None:
+        """The client has pipelined more than is kept: it is only written to."""
+        self._set(stream.client, self.WRITE if stream in self._held else 0, lambda events: stream.on_client(True))
+
+    def end(self, stream: Stream, result: str) -> None:
+        if not stream.result:
+            self._held.pop(stream, None)
+            self._set(stream.engine, 0, lambda events: None)
+            self._set(stream.client, 0, lambda events: None)
+            stream.exchange.held_up = False
+            stream.result = result
+            stream.exchange.wake()
+
+
+# ---------------------------------------------------------------------------------------------
+# Admission
+
+
+class _Line:
+    """The waiting requests of one client, first come first served."""
+
+    __slots__ = ('client', 'turn', 'tickets')
+
+    def __init__(self, client: str, turn: Tuple[int, int]) -> None:
+        self.client = client
+        self.turn = turn        # when it was served last, then when it came: the order among lines
+        self.tickets: 'collections.OrderedDict[Exchange, None]' = collections.OrderedDict()
+
+
+class AdmissionQueue:
+    """Lets `max_concurrency` requests in at a time; the rest waits.
+
+    A semaphore counts the slots (an over-release raises), but it is not first come, first
+    served: who released and at once asks again overtook a waiter in 200 of 200 trials. So a
+    slot is handed over: release gives it to the next waiter, and only else to the semaphore.
+    Grant, timeout and cancellation are decided under the lock, so no slot is lost in between.
+    """
+
+    REMEMBERED = 4096       # clients whose last turn is remembered; who falls out counts as new
+
+    def __init__(self, config: QueueConfig) -> None:
+        # _lock guards all below.
+        self._lock = threading.Lock()
+        self._config = config
+        self._slots = threading.BoundedSemaphore(config.max_concurrency)
+        self._excess = 0        # slots to be withdrawn on release, after a reload with fewer
+        self._running: Dict[Exchange, float] = {}       # since when, monotonic
+        self._granted: Set[Exchange] = set()            # handed a slot, not yet taken note of
+        self._lines: Dict[str, _Line] = {}
+        self._turns: List[Tuple[Tuple[int, int], _Line]] = []   # a heap of lines; may hold abandoned ones
+        self._waiting = 0
+        self._served: 'collections.OrderedDict[str, int]' = collections.OrderedDict()
+        self._counter = itertools.count(1)
+        self._service_seconds = 1.0     # how long a slot is held, a moving average
+        self._bytes = 0
+        self._closed = False
+
+    def check_room(self, announced: int) -> None:
+        """Refuses early, before a body is read. Raises GatewayError (429, 503)."""
+        with self._lock:
+            if self._closed:
+                raise self._shutting_down()
+            if self._is_full():
+                raise self._full('the queue is full: %d requests are waiting' % self._waiting)
+            self._check_bytes(announced)
+
+    def check_bytes(self, announced: int) -> None:
+        """Refuses what would not fit beside the bodies that are held. Raises GatewayError (429)."""
+        with self._lock:
+            self._check_bytes(announced)
+
+    def hold_bytes(self, count: int) -> None:
+        """Counts bytes of a body that have arrived. Raises GatewayError (429)."""
+        with self._lock:
+            self._check_bytes(count)
+            self._bytes += count
+
+    def drop_bytes(self, count: int) -> None:
+        if count:
+            with self._lock:
+                self._bytes -= count
+
+    def admit(self, exchange: Exchange, deadline: Deadline, ready: Callable[[], bool]) -> None:
+        """Waits for a slot, which `release` gives back. Raises GatewayError (429, 503) and ClientGone."""
+        with self._lock:
+            if self._closed:
+                raise self._shutting_down()
+            if not self._waiting and self._slots.acquire(blocking=False):
+                return self._take(exchange)
+            if self._is_full():
+                raise self._full('the queue is full: %d requests are waiting' % self._waiting)
+            exchange.rearm()
+            self._enqueue(exchange)
+        try:
+            while exchange not in self._granted:
+                if deadline.expired:
+                    raise self._timed_out(ready())
+                exchange.wait(deadline)
+                exchange.rearm()
+        finally:
+            self._settle(exchange, sys.exc_info()[0] is not None)
+
+    def release(self, exchange: Exchange) -> None:
+        with self._lock:
+            held = time.monotonic() - self._running.pop(exchange)
+            self._service_seconds += (held - self._service_seconds) / 8
+            successor = self._hand_over()
+        if successor:
+            successor.wake()
+
+    def close(self) -> None:
+        """Nobody is admitted any more; those who wait are refused."""
+        with self._lock:
+            self._closed = True
+            waiting = [exchange for line in self._lines.values() for exchange in line.tickets]
+        for exchange in waiting:
+            exchange.refuse(self._shutting_down())
+
+    def reconfigure(self, config: QueueConfig) -> None:
+        """More slots are handed out at once; fewer take effect as requests finish."""
+        successors = []
+        with self._lock:
+            self._config = config
+            in_use = len(self._running) + len(self._granted)
+            self._slots = threading.BoundedSemaphore(config.max_concurrency)
+            self._excess = max(0, in_use - config.max_concurrency)
+            for _ in range(in_use - self._excess):
+                self._slots.acquire(blocking=False)
+            while self._waiting and self._slots.acquire(blocking=False):
+                successors.append(self._grant_next())
+        for exchange in successors:
+            exchange.wake()
+
+    def position(self, exchange: Exchange) -> int:
+        """The place in the queue, from 1, if nobody else came. Costs the number of clients, not of requests."""
+        with self._lock:
+            own = self._lines.get(self._line_name(exchange))
+            if own is None or exchange not in own.tickets:
+                return 1
+            ahead = next(i for i, other in enumerate(own.tickets) if other is exchange)
+            return 1 + ahead + sum(min(len(line.tickets), ahead + (line.turn < own.turn))
+                                   for line in self._lines.values() if line is not own)
+
+    def status(self) -> Dict[str, Any]:
+        with self._lock:
+            clients: Dict[str, Dict[str, int]] = {}
+            for exchange in itertools.chain(self._running, self._granted):
+                clients.setdefault(exchange.client, {'in_flight': 0, 'waiting': 0})['in_flight'] += 1
+            for line in self._lines.values():
+                for exchange in line.tickets:
+                    clients.setdefault(exchange.client, {'in_flight': 0, 'waiting': 0})['waiting'] += 1
+            return {'in_flight': len(self._running) + len(self._granted), 'waiting': self._waiting,
+                    'max_concurrency': self._config.max_concurrency, 'max_waiting': self._config.max_waiting,
+                    'bytes': self._bytes, 'clients': clients}
+
+    # -- under the lock
+
+    def _take(self, exchange: Exchange) -> None:
+        self._running[exchange] = time.monotonic()
+        self._served[exchange.client] = next(self._counter)
+        self._served.move_to_end(exchange.client)
+        if len(self._served) > self.REMEMBERED:
+            self._served.popitem(last=False)
+
+    def _line_name(self, exchange: Exchange) -> str:
+        return exchange.client if self._config.order == 'fair' else ''
+
+    def _enqueue(self, exchange: Exchange) -> None:
+        name = self._line_name(exchange)
+        line = self._lines.get(name)
+        if line is None:
+            line = self._lines[name] = _Line(name, (self._served.get(name, 0), next(self._counter)))
+            self._push(line)
+        line.tickets[exchange] = None
+        self._waiting += 1
+
+    def _push(self, line: _Line) -> None:
+        if len(self._turns) > 2 * len(self._lines) + 16:    # too many abandoned lines
+            self._turns = [(other.turn, other) for other in self._lines.values() if other is not line]
+            heapq.heapify(self._turns)
+        heapq.heappush(self._turns, (line.turn, line))
+
+    def _grant_next(self) -> Exchange:
+        while True:
+            _, line = heapq.heappop(self._turns)
+            if self._lines.get(line.client) is line:
+                break
+        exchange, _ = line.tickets.popitem(last=False)
+        self._waiting -= 1
+        self._granted.add(exchange)
+        if line.tickets:
+            line.turn = (next(self._counter), 0) if line.client else line.turn
+            self._push(line)
+        else:
+            del self._lines[line.client]
+        self._served[exchange.client] = next(self._counter)
+        return exchange
+
+    def _hand_over(self) -> Optional[Exchange]:
+        if self._excess:
+            self._excess -= 1
+            return None
+        if self._waiting:
+            return self._grant_next()
+        self._slots.release()
+        return None
+
+    def _settle(self, exchange: Exchange, failed: bool) -> None:
+        """Ends a wait: takes the slot, or gives it on where the wait ended otherwise."""
+        successor = None
+        with self._lock:
+            if exchange in self._granted:
+                self._granted.discard(exchange)
+                if failed:
+                    successor = self._hand_over()
+                else:
+                    self._take(exchange)
+            else:
+                self._leave_line(exchange)
+        if successor:
+            successor.wake()
+
+    def _leave_line(self, exchange: Exchange) -> None:
+        for line in [self._lines.get(exchange.client), self._lines.get('')]:    # the order may have been changed meanwhile
+            if line and exchange in line.tickets:
+                del line.tickets[exchange]
+                self._waiting -= 1
+                if not line.tickets:
+                    del self._lines[line.client]
+                return
+
+    def _is_full(self) -> bool:
+        in_use = len(self._running) + len(self._granted)
+        return self._waiting >= self._config.max_waiting and (bool(self._waiting) or in_use >= self._config.max_concurrency)
+
+    def _check_bytes(self, count: int) -> None:
+        if self._bytes + count > self._config.max_bytes:
+            raise self._full('the queue is full: the request bodies held together would be over queue.max_bytes')
+
+    def _retry_after(self) -> int:
+        expected = self._service_seconds * (self._waiting + 1) / self._config.max_concurrency
+        return max(1, min(60, math.ceil(expected)))
+
+    def _full(self, message: str) -> GatewayError:
+        retry = self._retry_after()
+        return GatewayError('queue_full', '%s; try again in %d s' % (message, retry), retry)
+
+    def _timed_out(self, ready: bool) -> GatewayError:
+        retry = self._retry_after()
+        if not ready:
+            return GatewayError('engine_not_ready', 'the engine did not become ready within %g s; try again in %d s'
+                                % (self._config.wait_timeout, retry), retry)
+        return GatewayError('queue_timeout', 'no slot became free within %g s; try again in %d s' % (self._config.wait_timeout, retry), retry)
+
+    @staticmethod
+    def _shutting_down() -> GatewayError:
+        return GatewayError('shutting_down', 'the gateway is shutting down; try again soon', 5)
+
+
+class RequestBody:
+    """A request's body, held once and counted in the queue's budget until it cannot be needed any more."""
+
+    __slots__ = ('data', '_queue', '_held')
+
+    def __init__(self, queue: AdmissionQueue) -> None:
+        self.data: Body = b''
+        self._queue = queue
+        self._held = 0
+
+    def hold(self, count: int) -> None:
+        """Bytes have arrived. Raises GatewayError (429)."""
+        self._queue.hold_bytes(count)
+        self._held += count
+
+    def check(self, announced: int) -> None:
+        self._queue.check_bytes(announced)
+
+    def release(self) -> None:
+        self.data = b''
+        self._queue.drop_bytes(self._held)
+        self._held = 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Forwarding
+
+WHOLE_ANSWER = 32 * 1024 ** 2   # bytes; an answer of up to this announced length is passed on when it has arrived whole
+RELAY_AFTER = 0.02              # seconds; the relay is told only of requests that last: telling it wakes a thread
+SMALL_BODY = 65536              # bytes; up to here head and body leave in one call, and fit into a socket's buffer
+
+# What does not go on to the engine beside the hop-by-hop headers: what is rewritten, what would
+# make llama-server's generation survive its client, and what is between browser and gateway.
+NOT_TO_ENGINE = HOP_BY_HOP | {b'host', b'content-length', b'expect', b'origin', b'x-conversation-id', b'x-request-id'}
+CREDENTIALS = frozenset((b'authorization', b'x-api-key'))
+NOT_TO_CLIENT = HOP_BY_HOP | {b'x-request-id', b'access-control-allow-origin', b'access-control-allow-credentials',
+                              b'access-control-allow-methods', b'access-control-allow-headers', b'access-control-expose-headers',
+                              b'access-control-max-age', b'access-control-allow-private-network'}
+
+
+def engine_head(head: RequestHead, body_length: int, request_id: str, config: Config) -> bytes:
+    """The head of the request as the engine gets it."""
+    dropped = NOT_TO_ENGINE
+    if config.server.api_keys or config.engine.api_key:
+        dropped = dropped | CREDENTIALS
+    has_body = body_length or head.method == 'POST'
+    as_json = has_body and head.fields.get(b'content-type', b'').split(b';')[0].strip().lower() in (b'', b'application/x-www-form-urlencoded')
+    if as_json:
+        dropped = dropped | {b'content-type'}
+    lines = ['%s %s HTTP/1.1' % (head.method, head.target), 'Host: ' + bracketed(*config.engine.base_url), 'X-Request-Id: ' + request_id]
+    if has_body:
+        lines.append('Content-Length: %d' % body_length)
+    if as_json:
+        lines.append('Content-Type: application/json')
+    if config.engine.api_key:
+        lines.append('Authorization: Bearer ' + config.engine.api_key)
+    passed = passed_on(head.names, head.headers, dropped)
+    return '\r\n'.join(lines).encode() + b'\r\n' + b''.join([line + b'\r\n' for line in passed]) + b'\r\n'
+
+
+class PatientReader(io.RawIOBase):
+    """The engine's bytes for `http.client`. A wait that lasts puts the client under watch first."""
+
+    def __init__(self, sock: socket.socket, exchange: Exchange, heard: Optional[Callable[[], None]]) -> None:
+        self._sock, self._exchange, self._heard = sock, exchange, heard
+        self.waited = False
+        self.exhausted = False      # nothing is read any more
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> Optional[int]:
+        if self.exhausted:
+            return None
+        try:
+            count = self._sock.recv_into(buffer)
+        except _WOULD_BLOCK:
+            count = self._wait_for(buffer)
+        if count and self._heard:
+            self._heard()
+        return count
+
+    def _wait_for(self, buffer: Any) -> int:
+        self._exchange.watch()
+        self.waited = True
+        while True:
+            heartbeat = self._exchange.heartbeat if self._exchange.head_sent else None
+            set_socket_timeout(self._sock, socket.SO_RCVTIMEO, heartbeat() if heartbeat else math.inf)
+            try:
+                return self._sock.recv_into(buffer)
+            except _WOULD_BLOCK:
+                continue
+
+
+class EngineResponse(http.client.HTTPResponse):
+    """http.client's response with a leaner and stricter head: the e-mail parser is half of a request's CPU."""
+
+    head: AnswerHead
+
+    def __init__(self, reader: PatientReader, method: str) -> None:
+        super().__init__(reader, method=method)     # type: ignore[arg-type]  # all it needs is makefile
+        self._patient = reader
+
+    def begin(self) -> None:
+        """Raises Malformed, and OSError where the engine hung up."""
+        while True:
+            self.head = head = AnswerHead(self._read_head())
+            if head.status >= 200:
+                break
+            if head.status == 101:
+                raise Malformed('it switches protocols')
+        self.version, self.status, self.reason = 11, head.status, head.reason.decode('latin-1')
+        self.chunked, self.length, self.will_close = head.chunked, head.length, head.will_close
+        self.chunk_left = None
+        if self._method == 'HEAD' or head.status in (204, 304):     # type: ignore[attr-defined]
+            self.chunked, self.length = False, 0
+        elif self.length is None and not self.chunked:
+            self.will_close = True
+
+    def _read_head(self) -> bytes:
+        data = self.fp.peek(1)
+        end = data.find(b'\r\n\r\n')
+        if end >= 0:
+            self.fp.read(end + 4)
+            return data[:end + 2]
+        return b''.join(self._head_lines())
+
+    def _head_lines(self) -> Iterator[bytes]:
+        total = 0
+        while total < HEAD_LENGTH:
+            line = self.fp.readline(LINE_LENGTH + 1)
+            if not line.endswith(b'\r\n'):
+                raise Malformed('its head is malformed') if line else ConnectionResetError('it hung up')
+            if line == b'\r\n':
+                return
+            total += len(line)
+            yield line
+        raise Malformed('its head is too large')
+
+    def read_whole(self) -> bytes:
+        """The whole body. Raises http.client.IncompleteRead, OSError."""
+        if self.chunked or self.length is None:
+            self.will_close = True
+            return self.read()
+        body: bytes = self.fp.read(self.length)
+        if len(body) < self.length:
+            raise http.client.IncompleteRead(body, self.length - len(body))
+        self.will_close = self.will_close or bool(self.buffered())
+        return body
+
+    def buffered(self) -> bytes:
+        """What has arrived behind the head already: it has to be taken out before the socket goes to the relay."""
+        self._patient.exhausted = True        # else peek would wait for more where the buffer is empty
+        rest: bytes = self.fp.peek(1)
+        return rest
+
+
+class EngineConnection(http.client.HTTPConnection):
+    """A connection to the engine."""
+
+    def __init__(self, address: Tuple[str, int], generation: int) -> None:
+        super().__init__(*address, timeout=10)
+        self.generation = generation    # of the engine it leads to
+        self.parked = 0.0               # since when it is idle, monotonic
+        self._reader: Optional[PatientReader] = None
+
+    def connect(self) -> None:
+        """Raises EngineNotAccepting."""
+        try:
+            super().connect()
+        except OSError as error:
+            raise EngineNotAccepting(str(error)) from None
+        self.sock.settimeout(None)
+        set_socket_timeout(self.sock, socket.SO_RCVTIMEO, RELAY_AFTER)
+
+    def is_dead(self) -> bool:
+        """Whether the engine has closed it while it was idle (or sent what nobody asked for)."""
+        try:
+            self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+        return True
+
+    def deliver(self, exchange: Exchange, head: bytes, body: Body) -> None:
+        """Sends a request. An error is no verdict yet: the engine may have answered (413) and stopped reading."""
+        try:
+            if len(body) <= SMALL_BODY:
+                self.send(head + body)
+            else:
+                exchange.watch()        # this can block
+                self.send(head)
+                self.send(body)
+        except OSError:
+            pass
+
+    def receive(self, exchange: Exchange, method: str, heard: Optional[Callable[[], None]]) -> EngineResponse:
+        """The answer's head. Raises Malformed and OSError."""
+        self._reader = PatientReader(self.sock, exchange, heard)
+        response = EngineResponse(self._reader, method)
+        response.begin()
+        return response
+
+    def make_reusable(self) -> None:
+        if self._reader and self._reader.waited:
+            set_socket_timeout(self.sock, socket.SO_RCVTIMEO, RELAY_AFTER)
+        self._reader = None
+
+
+class EnginePool:
+    """Kept connections to the engine, the freshest first.
+
+    Few and short: llama-server gives each a worker thread, and closes one after 5 s.
+    """
+
+    KEPT = 8
+    SECONDS = 3.0
+
+    def __init__(self) -> None:
+        self._parked: Deque[EngineConnection] = collections.deque()     # its own operations are atomic
+
+    def take(self, address: Tuple[str, int], generation: int) -> EngineConnection:
+        while True:
+            try:
+                connection = self._parked.pop()
+            except IndexError:
+                return EngineConnection(address, generation)
+            if (connection.generation == generation and time.monotonic() - connection.parked < self.SECONDS
+                    and not connection.is_dead()):
+                return connection
+            connection.close()
+
+    def give(self, connection: EngineConnection) -> None:
+        if not hasattr(socket, 'MSG_DONTWAIT'):     # then nobody could tell later whether it is dead
+            return connection.close()
+        connection.make_reusable()
+        connection.parked = time.monotonic()
+        self._parked.append(connection)
+        if len(self._parked) > self.KEPT:
+            self.expire(0)
+
+    def expire(self, seconds: float = SECONDS) -> None:
+        """Closes what has been idle for longer, or is too many."""
+        now = time.monotonic()
+        while self._parked and (len(self._parked) > self.KEPT or now - self._parked[0].parked > seconds):
+            try:
+                self._parked.popleft().close()
+            except IndexError:
+                return
+
+
+class EngineAnswer:
+    """An answer of the engine's that is sure to be the answer: whole, or a stream whose head is there."""
+
+    def __init__(self, connection: EngineConnection, response: EngineResponse, whole: Optional[bytes]) -> None:
+        self.connection = connection
+        self.head = response.head
+        self.whole = whole
+        self.first = response.buffered() if whole is None else b''      # of a stream: what came with the head
+        self.length = response.length
+        self.chunked = response.chunked
+        self.follower(collect=False).feed(self.first)       # garbage is found while a second try is still possible
+        self.reusable = whole is not None and not response.will_close
+
+    def follower(self, collect: bool) -> BodyFollower:
+        """Follows the body of a stream."""
+        if self.chunked:
+            return ChunkedBody(collect)
+        return BodyUntilClose(collect) if self.length is None else BodyByLength(self.length)
+
+
+class Upstream:
+    """The engine's side of a request: a try, and the second try."""
+
+    def __init__(self, watchdog: Watchdog) -> None:
+        self._watchdog = watchdog
+        self.pool = EnginePool()
+
+    @contextlib.contextmanager
+    def answer(self, exchange: Exchange, head: RequestHead, body: RequestBody, config: Config, deadline: Deadline) -> Iterator[EngineAnswer]:
+        """Yields the engine's answer: the commit point. Up to there a try that breaks is followed by a second one.
+
+        Raises GatewayError: 502 when it broke twice, 503 and 429 at the deadline.
+        """
+        answer = self._obtain(exchange, head, body, config, deadline)
+        body.release()      # it will not be sent again
+        try:
+            yield answer
+        finally:
+            exchange.detach()
+            self._watchdog.leave(exchange)
+            if answer.reusable:
+                self.pool.give(answer.connection)
+            else:
+                answer.connection.close()
+
+    def _obtain(self, exchange: Exchange, head: RequestHead, body: RequestBody, config: Config, deadline: Deadline) -> EngineAnswer:
+        kind = TryKind.FIRST if head.method == 'POST' else TryKind.LIGHT
+        message = engine_head(head, len(body.data), exchange.id, config)
+        try:
+            while True:
+                generation = self._watchdog.enter(exchange, deadline, kind)
+                if kind is not TryKind.SECOND:
+                    exchange.queue_seconds = time.monotonic() - exchange.arrived
+                try:
+                    return self._try(exchange, head.method, message, body.data, config, generation)
+                except EngineNotAccepting:      # it never had the request: this was no try
+                    self._watchdog.leave(exchange)
+                    if deadline.expired:
+                        raise GatewayError('engine_not_ready', 'the engine accepts no connections; try again later',
+                                           self._watchdog.retry_after()) from None
+                    self._watchdog.await_death(exchange, generation)
+                except EngineBroke as error:
+                    self._watchdog.leave(exchange)
+                    self._may_try_again(exchange, kind, error)
+                    kind = TryKind.SECOND
+                    self._watchdog.queue_replay(exchange)
+                    self._watchdog.await_death(exchange, generation)
+                    self._watchdog.replay_turn(exchange)
+                    deadline = Deadline(config.queue.wait_timeout)
+                except BaseException:
+                    self._watchdog.leave(exchange)
+                    raise
+        finally:
+            if kind is TryKind.SECOND:
+                self._watchdog.end_replay(exchange)
+
+    def _may_try_again(self, exchange: Exchange, kind: TryKind, error: EngineBroke) -> None:
+        if exchange.cut == 'shutting_down':
+            raise GatewayError('shutting_down', 'the gateway is shutting down; try again soon', 5) from None
+        log.warning('the engine broke a request', {'id': exchange.id, 'try': 2 if kind is TryKind.SECOND else 1, 'error': str(error)})
+        if kind is TryKind.SECOND:
+            raise GatewayError('engine_failed', 'the engine failed on this request twice (%s); it was not tried again' % error) from None
+
+    def _try(self, exchange: Exchange, method: str, message: bytes, body: Body, config: Config, generation: int) -> EngineAnswer:
+        heard = self._watchdog.heard_answer if config.engine.hang_timeout else None
+        connection = self.pool.take(config.engine.base_url, generation)
+        try:
+            if connection.sock is None:
+                connection.connect()
+            exchange.attach(connection.sock)
+            connection.deliver(exchange, message, body)
+            response = connection.receive(exchange, method, heard)
+            return EngineAnswer(connection, response, response.read_whole() if self._comes_whole(exchange, response) else None)
+        except BaseException as error:
+            exchange.detach()
+            connection.close()
+            if exchange.gone:
+                raise ClientGone from None
+            if isinstance(error, (OSError, Malformed, http.client.HTTPException)):
+                raise EngineBroke(str(error) or type(error).__name__) from None
+            raise
+
+    @staticmethod
+    def _comes_whole(exchange: Exchange, response: EngineResponse) -> bool:
+        if exchange.head_sent and not response.head.event_stream:
+            return True         # it becomes one event
+        return response.length is not None and response.length <= WHOLE_ANSWER
+
+
+# ---------------------------------------------------------------------------------------------
+# Metrics
+
+OWN_PATHS = ('/', '/healthz', '/livez', '/status', '/metrics')
+OUTCOMES = ('ok', 'refused', 'cancelled', 'failed', 'truncated')
+BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)    # seconds
+KNOWN_PATHS = 64        # forwarded paths that get a label of their own
+MINUTES = 15            # of history for the status page
+
+
+class Histogram:
+    """Counts of seconds in BUCKETS, as Prometheus has them."""
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(BUCKETS) + 1)
+        self._sum = 0.0
+
+    def observe(self, seconds: float) -> None:
+        self._counts[bisect.bisect_left(BUCKETS, seconds)] += 1
+        self._sum += seconds
+
+    def lines(self, name: str) -> Iterator[str]:
+        total = 0
+        for bound, count in zip([*map(repr, BUCKETS), '+Inf'], self._counts):
+            total += count
+            yield '%s_bucket{le="%s"} %d' % (name, bound, total)
+        yield '%s_sum %r' % (name, self._sum)
+        yield '%s_count %d' % (name, total)
+
+
+class Metrics:
+    """What happened so far: counters, histograms, the recent requests. All bounded."""
+
+    def __init__(self) -> None:
+        # _lock guards all below.
+        self._lock = threading.Lock()
+        self._started = time.monotonic()
+        self._by_path: Dict[Tuple[str, int], int] = collections.defaultdict(int)
+        self._paths: Set[str] = set()
+        self._outcomes = dict.fromkeys(OUTCOMES, 0)
+        self._tokens = {'prompt': 0, 'completion': 0}
+        self._queue_wait, self._first_byte, self._duration = Histogram(), Histogram(), Histogram()
+        self._recent: Deque[Dict[str, object]] = collections.deque(maxlen=20)
+        self._minutes: Deque[Dict[str, int]] = collections.deque(maxlen=MINUTES)
+
+    def record(self, exchange: Exchange, fields: Dict[str, object], seconds: float) -> None:
+        """A request is over; `fields` are its log line."""
+        with self._lock:
+            self._by_path[self._label(exchange), exchange.status or 0] += 1
+            if not exchange.counted:
+                return
+            self._outcomes[exchange.outcome] += 1
+            self._duration.observe(seconds)
+            self._queue_wait.observe(exchange.queue_seconds)
+            if exchange.first_byte is not None:
+                self._first_byte.observe(exchange.first_byte - exchange.started)
+            self._tokens['prompt'] += exchange.prompt_tokens or 0
+            self._tokens['completion'] += exchange.tokens or 0
+            self._recent.append(fields)
+            minute = self._this_minute()
+            minute['requests'] += 1
+            minute['tokens'] += exchange.tokens or 0
+
+    def _label(self, exchange: Exchange) -> str:
+        path = exchange.path
+        if path in OWN_PATHS or path in self._paths:
+            return path
+        if not exchange.well_answered or len(self._paths) >= KNOWN_PATHS:
+            return 'other'
+        self._paths.add(path)
+        return path
+
+    def _this_minute(self) -> Dict[str, int]:
+        at = int(time.time()) // 60 * 60
+        if not self._minutes or self._minutes[-1]['at'] != at:
+            self._minutes.append({'at': at, 'requests': 0, 'tokens': 0})
+        return self._minutes[-1]
+
+    def status(self) -> Dict[str, Any]:
+        with self._lock:
+            return {'uptime_seconds': round(time.monotonic() - self._started, 3),
+                    'requests': {'total': sum(self._outcomes.values()), **self._outcomes},
+                    'tokens': dict(self._tokens), 'recent': list(self._recent), 'minutes': [dict(m) for m in self._minutes]}
+
+    def text(self, gauges: Sequence[Tuple[str, str, str, object]]) -> str:
+        """Prometheus' text format; `gauges` are (name with labels, type, help, value) of others."""
+        with self._lock:
+            families: List[Tuple[str, str, str, Iterable[str]]] = [
+                ('gollama_requests_total', 'counter', 'Requests by path and status.',
+                 ['gollama_requests_total{path="%s",status="%d"} %d' % (re.sub(r'["\\]', r'\\\g<0>', path), status, count)
+                  for (path, status), count in sorted(self._by_path.items())]),
+                ('gollama_requests_outcome_total', 'counter', 'Requests under a forwarded prefix by outcome.',
+                 ['gollama_requests_outcome_total{outcome="%s"} %d' % item for item in self._outcomes.items()]),
+                ('gollama_tokens_total', 'counter', "Tokens, as the engine's usage or timings say.",
+                 ['gollama_tokens_total{kind="%s"} %d' % item for item in self._tokens.items()]),
+                ('gollama_queue_wait_seconds', 'histogram', 'Time a request waited for its turn.',
+                 list(self._queue_wait.lines('gollama_queue_wait_seconds'))),
+                ('gollama_first_byte_seconds', 'histogram', 'Time from a request to the first byte of its answer.',
+                 list(self._first_byte.lines('gollama_first_byte_seconds'))),
+                ('gollama_request_seconds', 'histogram', 'Time from a request to the end of its answer.',
+                 list(self._duration.lines('gollama_request_seconds')))]
+        families += [(name.partition('{')[0], kind, doc, ['%s %s' % (name, value)]) for name, kind, doc, value in gauges]
+        return ''.join('# HELP %s %s\n# TYPE %s %s\n%s\n' % (name, doc, name, kind, '\n'.join(lines))
+                       for name, kind, doc, lines in families)
+
+
+_USAGE = {kind: re.compile(rb'(?<!\\)"(?:%s)"\s*:\s*(\d{1,12})' % names)
+          for kind, names in (('tokens', b'completion_tokens|predicted_n'), ('prompt_tokens', b'prompt_tokens|prompt_n'))}
+_ERROR_EVENT = re.compile(rb'^(?:data: ?\{\s*"error"\s*:|error: ?\{)', re.MULTILINE)
+USAGE_WITHIN = 4096     # bytes at either end of a whole answer where usage is looked for
+
+
+def read_usage(exchange: Exchange, text: bytes) -> None:
+    """Takes the token counts from the engine's `usage` or `timings`; the last ones count."""
+    for name, pattern in _USAGE.items():
+        found = pattern.findall(text)
+        if found:
+            setattr(exchange, name, int(found[-1]))
+
+
+# ---------------------------------------------------------------------------------------------
+# Status page
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>gollama</title>
+<link rel="icon" href="data:,">
+<style>
+:root {
+  color-scheme: light dark;
+  --back: #f4f5f7; --card: #fff; --line: #dfe3e8; --ink: #1c2127; --dim: #5a6572;
+  --accent: #2458d3; --on-accent: #fff; --good: #1a7f37; --wait: #96610a; --bad: #c0272d;
+}
+@media (prefers-color-scheme: dark) { :root {
+  --back: #0e1116; --card: #171c23; --line: #2b323c; --ink: #e6e9ed; --dim: #9aa5b1;
+  --accent: #7ba6ff; --on-accent: #0e1116; --good: #4ac26b; --wait: #e0ae45; --bad: #ff7b72;
+} }
+* { box-sizing: border-box; } [hidden] { display: none !important; }
+body { margin: 0 auto; max-width: 76rem; padding: 1rem; background: var(--back); color: var(--ink);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
+h1 { display: inline; margin-right: .8rem; font-size: 1.1rem; }
+h2 { margin: 0 0 .5rem; font-size: .8rem; font-weight: 600; color: var(--dim); }
+main { margin: .8rem 0; }
+main, .view, .tiles, .pair { display: grid; gap: .8rem; grid-template-columns: minmax(0, 1fr); }
+.tiles { grid-template-columns: repeat(auto-fit, minmax(min(100%, 12rem), 1fr)); }
+.pair { grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); }
+section { min-width: 0; padding: 1rem; background: var(--card); }
+section, textarea, input, button { border: 1px solid var(--line); border-radius: .5rem; }
+.good { color: var(--good); } .wait { color: var(--wait); } .bad { color: var(--bad); } .dim { color: var(--dim); }
+.gone .view, .gone dl { opacity: .5; }
+.big { font-size: 1.7rem; line-height: 1.25; }
+.state { padding-left: .8rem; border-left: .4rem solid; } .state strong { margin-right: .8rem; }
+.state span { display: inline-block; color: var(--ink); }
+dl { display: flex; flex-wrap: wrap; gap: .4rem 2rem; margin: .8rem 0 0; } dd { margin: 0; overflow-wrap: anywhere; }
+dt, .ends { font-size: .8rem; color: var(--dim); }
+.level { height: .3rem; margin-top: .6rem; background: var(--line); } .level i { display: block; height: 100%; background: var(--accent); }
+.chart { display: flex; gap: 3px; align-items: flex-end; height: 5rem; border-bottom: 1px solid var(--line); }
+.chart i { flex: 1; border-radius: 3px 3px 0 0; background: var(--accent); } .chart i:last-child { opacity: .55; }
+.ends { display: flex; justify-content: space-between; }
+.scroll { overflow: auto; max-height: 19rem; } .tail { display: flex; flex-direction: column-reverse; }
+table { width: 100%; border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem 1rem .3rem 0; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th { position: sticky; top: 0; background: var(--card); font-weight: 500; color: var(--dim); }
+td { max-width: 15rem; overflow: hidden; text-overflow: ellipsis; }
+:is(th, td):nth-child(n+5) { text-align: right; }
+pre, .answer { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
+pre { font: .8rem/1.5 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+textarea, input { display: block; width: 100%; margin: .3rem 0; padding: .5rem; font: inherit; color: inherit; background: var(--back); }
+button { margin: .4rem .6rem .4rem 0; padding: .4rem 1.2rem; font: inherit; color: var(--on-accent); background: var(--accent); }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+@media (max-width: 40rem) {
+  body, section { padding: .7rem; } td { max-width: 9rem; }
+  .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+}
+</style>
+<h1>gollama</h1><span id="version" class="dim"></span>
+<main>
+  <section aria-label="Engine">
+    <div id="state" class="state dim" role="status"><strong id="word" class="big">Asking…</strong><span id="meaning"></span></div>
+    <dl id="facts"></dl>
+    <noscript>This page needs JavaScript. /status says the same as JSON.</noscript>
+  </section>
+  <section id="ask" hidden><form id="key-form">
+    <label for="key">This gateway asks for a key. It is kept for this tab only.</label>
+    <input id="key" type="password" autocomplete="off" required>
+    <button>Use this key</button><span id="key-note" class="bad" role="alert"></span>
+  </form></section>
+  <div id="view" class="view" hidden>
+    <div class="tiles">
+      <section><h2>In the engine</h2><div id="in-flight" class="big"></div><div class="level"><i id="in-flight-level"></i></div></section>
+      <section><h2>Waiting</h2><div id="waiting" class="big"></div><div class="level"><i id="waiting-level"></i></div></section>
+      <section><h2>Requests</h2><div id="total" class="big"></div><div id="outcomes" class="dim"></div></section>
+      <section><h2>Tokens written</h2><div id="written" class="big"></div><div id="read" class="dim"></div></section>
+    </div>
+    <div class="pair">
+      <section><h2>Requests a minute</h2><div id="requests-chart" class="chart" role="img"></div>
+        <div class="ends"><span>15 minutes ago</span><span id="requests-peak"></span><span>now</span></div></section>
+      <section><h2>Tokens a minute</h2><div id="tokens-chart" class="chart" role="img"></div>
+        <div class="ends"><span>15 minutes ago</span><span id="tokens-peak"></span><span>now</span></div></section>
+    </div>
+    <section><h2>Last requests</h2><div class="scroll" tabindex="0" role="region" aria-label="Last requests"><table>
+      <thead><tr><th>When<th>Outcome<th>Client<th>Request<th>Waited<th>First byte<th>In all<th>Tokens<th>Tokens/s</thead>
+      <tbody id="recent"></tbody></table></div></section>
+    <div class="pair">
+      <section><h2>Who is in the line</h2><div class="scroll" tabindex="0" role="region" aria-label="Who is in the line"><table>
+        <thead><tr><th>Client<th>In the engine<th>Waiting</thead><tbody id="clients"></tbody></table></div></section>
+      <section><h2>The engine’s last lines</h2>
+        <div class="scroll tail" tabindex="0" role="region" aria-label="The engine’s last lines"><pre id="output"></pre></div></section>
+    </div>
+    <section><form id="try-form">
+      <h2><label for="prompt">Try a prompt</label></h2>
+      <textarea id="prompt" rows="2" placeholder="Say hello in five languages."></textarea>
+      <button id="send">Send</button><span id="note" class="dim" role="status"></span>
+    </form><div id="answer" class="answer scroll" tabindex="0" role="region" aria-label="Answer"></div></section>
+  </div>
+</main>
+<span class="dim">The same as JSON: /status. For Prometheus: /metrics.</span>
+<script>
+'use strict';
+const states = {
+  starting: ['wait', 'Starting', 'The model is being loaded; requests wait.'],
+  ready: ['good', 'Ready', 'Requests are answered.'],
+  died: ['bad', 'Died', 'The engine ended by itself and is started again; requests wait.'],
+  hung: ['bad', 'Hung', 'The engine stopped answering and is being killed; requests wait.'],
+  backoff: ['wait', 'Restarting soon', 'A pause before the engine is started again; requests wait.'],
+  stopping: ['wait', 'Stopping', 'No new requests are taken.'],
+  gone: ['bad', 'No gateway', 'It does not answer; this page asks again every two seconds.'],
+  locked: ['wait', 'Locked', 'A key is needed to look inside.'],
+};
+const $ = id => document.getElementById(id), newline = String.fromCharCode(10);
+let timer, running;
+const count = n => n == null ? '–' : n.toLocaleString('en-US');
+const clock = seconds => new Date(seconds * 1000).toLocaleTimeString([], {hourCycle: 'h23'});
+const short = ms => ms == null ? '–' : ms < 1000 ? Math.round(ms) + ' ms' : ms < 60000 ? (ms / 1000).toFixed(1) + ' s' : span(ms / 1000);
+function span(seconds) {
+  for (const [size, unit, part, name] of [[86400, ' d ', 3600, ' h'], [3600, ' h ', 60, ' min'], [60, ' min ', 1, ' s']])
+    if (seconds >= size) return Math.floor(seconds / size) + unit + Math.floor(seconds % size / part) + name;
+  return Math.floor(seconds) + ' s';
+}
+
+// Everything comes onto the page as text, and what has not changed stays as it is.
+function element(tag, properties, ...children) {
+  const node = Object.assign(document.createElement(tag), properties);
+  node.append(...children);
+  return node;
+}
+function put(id, ...children) {
+  const fresh = $(id).cloneNode();
+  fresh.append(...children);
+  if (!fresh.isEqualNode($(id))) $(id).replaceChildren(...fresh.childNodes);
+}
+const row = (...cells) => element('tr', {}, ...cells.map(cell => cell instanceof Node ? cell : element('td', {}, cell)));
+
+function show(state) {
+  const [colour, word, meaning] = states[state] || ['dim', state, ''];
+  $('state').className = 'state ' + colour;
+  put('word', word);
+  put('meaning', meaning);
+  document.title = word + ' – gollama';
+  document.body.className = state;
+  $('ask').hidden = state !== 'locked';
+  $('facts').hidden = $('view').hidden = state === 'locked' || state === 'gone' && $('view').hidden;
+}
+function draw({version, uptime_seconds, engine, queue, requests, tokens, recent, minutes = []}) {
+  show(engine.state);
+  put('version', version + ', up for ' + span(uptime_seconds));
+  put('facts', ...Object.entries({
+    'Since': clock(Date.now() / 1000 - engine.state_seconds) + ' (' + span(engine.state_seconds) + ')',
+    'Start took': short(engine.ready_seconds && engine.ready_seconds * 1000),
+    'Restarts': count(engine.restarts), 'Last exit': engine.last_exit || 'none', 'Process': engine.pid || '–',
+  }).map(([name, value]) => element('div', {}, element('dt', {}, name), element('dd', {}, value))));
+  level('in-flight', queue.in_flight, queue.max_concurrency);
+  level('waiting', queue.waiting, queue.max_waiting);
+  put('total', count(requests.total));
+  const outcomes = ['ok', 'refused', 'cancelled', 'failed', 'truncated'].filter(name => requests[name]);
+  put('outcomes', outcomes.map(name => count(requests[name]) + ' ' + name).join(', '));
+  put('written', count(tokens.completion));
+  put('read', count(tokens.prompt) + ' read in prompts');
+  chart('requests', minutes);
+  chart('tokens', minutes);
+  put('recent', ...recent.length ? recent.reverse().map(request) : [row(element('td', {colSpan: 9}, 'none yet'))]);
+  const clients = Object.entries(queue.clients).map(([name, its]) => row(name, count(its.in_flight), count(its.waiting)));
+  put('clients', ...clients.length ? clients : [row(element('td', {colSpan: 3}, 'nobody'))]);
+  put('output', engine.output.join(newline));
+}
+function level(id, value, limit) {
+  put(id, count(value) + ' of ' + count(limit));
+  $(id + '-level').style.width = 100 * value / (limit || 1) + '%';
+}
+function chart(name, minutes) {
+  const last = minutes.length ? minutes[minutes.length - 1].at : 0, bars = new Array(15).fill(0);
+  for (const minute of minutes) bars[14 - Math.round((last - minute.at) / 60)] = minute[name];
+  const peak = Math.max(...bars);
+  put(name + '-peak', 'highest: ' + count(peak));
+  $(name + '-chart').ariaLabel = name + ' a minute, oldest first: ' + bars.join(', ');
+  put(name + '-chart', ...bars.map((n, i) => element('i', {
+    title: clock(last - 60 * (14 - i)) + ': ' + count(n), style: 'height: ' + 100 * n / (peak || 1) + '%',
+  })));
+}
+function request(r) {
+  const colour = {ok: 'good', refused: 'wait', failed: 'bad', truncated: 'bad'}[r.outcome] || 'dim';
+  const seconds = (r.total_ms - r.queue_ms) / 1000, rate = r.tokens && seconds > 0 ? (r.tokens / seconds).toFixed(1) : '–';
+  return row(r.time ? clock(Date.parse(r.time) / 1000) : '–', element('td', {className: colour}, r.outcome + ' ' + r.status), r.client,
+    r.method + ' ' + r.path, short(r.queue_ms), short(r.first_byte_ms), short(r.total_ms), count(r.tokens), rate);
+}
+
+async function call(path, options) {
+  const key = sessionStorage.getItem('key'), bearer = key && {Authorization: 'Bearer ' + key};
+  const answer = await fetch(path, {cache: 'no-store', headers: {'Content-Type': 'application/json', ...bearer}, ...options});
+  if (answer.status === 401) {
+    show('locked');
+    put('key-note', key ? 'This key is not accepted.' : '');
+    $('key').focus();
+  }
+  if (!answer.ok) throw new Error((await answer.json()).error.message);
+  return answer;
+}
+async function poll() {
+  try {
+    draw(await (await call('status', {signal: AbortSignal.timeout(5000)})).json());
+  } catch (fault) {
+    if ($('ask').hidden) show('gone');
+  }
+  clearTimeout(timer);
+  if ($('ask').hidden) timer = setTimeout(poll, 2000);
+}
+
+async function answer(content) {
+  const started = Date.now(), body = JSON.stringify({messages: [{role: 'user', content}], stream: true});
+  const stream = await call('v1/chat/completions', {method: 'POST', body, signal: running.signal});
+  const reader = stream.body.getReader(), decoder = new TextDecoder();
+  let tokens = 0, rest = '', whole = false;
+  for (let part; !(part = await reader.read()).done;) {
+    const lines = (rest + decoder.decode(part.value, {stream: true})).split(newline);
+    rest = lines.pop();
+    for (const line of lines) {
+      if (line.startsWith(': ')) put('note', line.slice(1));
+      if (line.startsWith('data: [DONE]')) whole = true;
+      if (whole || !line.startsWith('data:')) continue;
+      const event = JSON.parse(line.slice(5)), {delta = {}} = (event.choices || [])[0] || {};
+      if (event.error) throw new Error(event.error.message);
+      $('answer').append(element('span', {className: 'dim'}, delta.reasoning_content || ''), delta.content || '');
+      if (delta.content || delta.reasoning_content) tokens++, put('note', 'Being answered…');
+      if (event.usage) tokens = event.usage.completion_tokens;
+    }
+    $('answer').scrollTop = $('answer').scrollHeight;
+  }
+  return whole ? count(tokens) + ' tokens in ' + short(Date.now() - started) : 'The answer was cut off.';
+}
+$('try-form').onsubmit = async event => {
+  event.preventDefault();
+  if (running) return running.abort();
+  running = new AbortController();
+  put('answer');
+  put('send', 'Stop');
+  put('note', 'Waiting…');
+  const content = $('prompt').value || $('prompt').placeholder;
+  put('note', await answer(content).catch(fault => fault.name === 'AbortError' ? 'Stopped.' : fault.message));
+  running = null;
+  put('send', 'Send');
+};
+$('prompt').onkeydown = event => event.key === 'Enter' && (event.ctrlKey || event.metaKey) && $('try-form').requestSubmit();
+$('key-form').onsubmit = event => {
+  event.preventDefault();
+  sessionStorage.setItem('key', $('key').value);
+  $('ask').hidden = true;
+  poll();
+};
+document.onvisibilitychange = () => document.hidden || poll();
+poll();
+</script>
+"""
+
+
+@functools.lru_cache(maxsize=1)
+def status_page() -> Tuple[bytes, str]:
+    """The page, and the Content-Security-Policy that admits its own style and script and nothing else."""
+    def digest(tag: str) -> str:
+        inside = PAGE.partition('<%s>' % tag)[2].partition('</%s>' % tag)[0]
+        return "'sha256-%s'" % base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+    policy = ("default-src 'none'; style-src %s; script-src %s; connect-src 'self'; img-src data:; base-uri 'none'; "
+              "form-action 'none'; frame-ancestors 'none'" % (digest('style'), digest('script')))
+    return PAGE.encode(), policy
+
+
+# ---------------------------------------------------------------------------------------------
+# HTTP front: reading
+
+LINGER_PAUSE, LINGER_TOTAL = 5.0, 30.0      # seconds; nginx's lingering_timeout and lingering_time
+FORGIVEN = b'\r\n'                          # an empty line before a request; RFC 9112, section 2.2
+
+
+class RequestReader:
+    """Reads requests off a client's connection, within all limits."""
+
+    def __init__(self, connection: ClientConnection) -> None:
+        self._connection = connection
+
+    def wait_for_request(self, idle: Deadline) -> bool:
+        """Until the first byte of a request is there; False where none came."""
+        try:
+            return bool(self._connection.buffer) or self._more(idle)
+        except socket.timeout:
+            return False
+
+    def _more(self, deadline: Deadline) -> bool:
+        data = self._connection.receive(deadline)
+        self._connection.buffer += data     # type: ignore[operator]
+        return bool(data)
+
+    def head(self, deadline: Deadline) -> Optional[RequestHead]:
+        """The next request's head, None at end-of-file. Raises GatewayError (400, 408, 414, 431)."""
+        connection = self._connection
+        forgiven = 2
+        while True:
+            while forgiven and connection.buffer.startswith(FORGIVEN):
+                connection.buffer = connection.buffer[2:]
+                forgiven -= 1
+            end = connection.buffer.find(b'\r\n\r\n')
+            if end >= 0:
+                head, connection.buffer = connection.buffer[:end + 2], connection.buffer[end + 4:]
+                self._check_lines(head)
+                break
+            self._check_unfinished(connection.buffer)
+            if not self._read_on(deadline):
+                return None
+        try:
+            parsed = RequestHead(head)
+        except Malformed as error:
+            raise GatewayError('bad_request', 'malformed request: %s' % error) from None
+        if len(parsed.names) > HEADER_COUNT:
+            raise GatewayError('headers_too_large', 'more than %d headers' % HEADER_COUNT)
+        return parsed
+
+    def _read_on(self, deadline: Deadline) -> bool:
+        try:
+            return self._more(deadline)
+        except socket.timeout:
+            raise GatewayError('request_timeout', 'the request did not arrive in time (server.read_timeout)') from None
+
+    @staticmethod
+    def _check_lines(head: bytes) -> None:
+        if len(head) <= LINE_LENGTH:
+            return
+        first, *others = head.split(b'\r\n')
+        if len(first) > LINE_LENGTH:
+            raise GatewayError('uri_too_long', 'the request line is longer than %d bytes' % LINE_LENGTH)
+        if len(head) > HEAD_LENGTH or any(len(line) > LINE_LENGTH for line in others):
+            raise GatewayError('headers_too_large', 'a header is longer than %d bytes, or all together than %d' % (LINE_LENGTH, HEAD_LENGTH))
+
+    def _check_unfinished(self, head: bytes) -> None:
+        self._check_lines(head)
+        if head.count(b'\n') > HEADER_COUNT + 1:
+            raise GatewayError('headers_too_large', 'more than %d headers' % HEADER_COUNT)
+        if _NOT_IN_A_HEAD.search(head):     # would never end otherwise: bare line feeds, or TLS
+            raise GatewayError('bad_request', 'malformed request: a control character, a bare CR or a bare LF')
+
+    def body(self, head: RequestHead, body: RequestBody, server: ServerConfig) -> None:
+        """Reads the body whole. Raises GatewayError (400, 408, 413, 429) and ClientGone."""
+        if head.expects and head.version11 and (head.chunked or head.length > len(self._connection.buffer)):
+            self._connection.send(b'HTTP/1.1 100 Continue\r\n\r\n')
+        if head.chunked:
+            self._chunked_body(body, server)
+        elif head.length:
+            self._body_by_length(head.length, body, server)
+
+    def _body_by_length(self, length: int, body: RequestBody, server: ServerConfig) -> None:
+        connection = self._connection
+        have = connection.buffer[:length]
+        connection.buffer = connection.buffer[length:]
+        body.hold(len(have))
+        if len(have) == length:
+            body.data = have
+            return
+        body.data = bytearray(length)       # zero pages: memory grows only as bytes arrive
+        view = memoryview(body.data)
+        view[:len(have)] = have
+        at = len(have)
+        while at < length:
+            try:
+                count = connection.receive(Deadline(server.read_timeout), view[at:])
+            except socket.timeout:
+                raise GatewayError('request_timeout', 'the body stopped arriving (server.read_timeout)') from None
+            if not count:
+                raise ClientGone
+            body.hold(count)        # type: ignore[arg-type]
+            at += count             # type: ignore[operator]
+
+    def _chunked_body(self, body: RequestBody, server: ServerConfig) -> None:
+        connection, follower = self._connection, ChunkedBody(collect=True)
+        whole = bytearray()
+        while True:
+            data, connection.buffer = connection.buffer, b''
+            try:
+                follower.feed(data)
+            except Malformed as error:
+                raise GatewayError('bad_request', 'malformed request: %s' % error) from None
+            if follower.announced > server.max_body:
+                raise body_too_large(server)
+            payload = follower.take_payload()
+            body.hold(len(payload))
+            body.check(follower.announced - len(whole) - len(payload))
+            whole += payload
+            if follower.done:
+                body.data, connection.buffer = whole, follower.excess
+                return
+            if not self._read_on(Deadline(server.read_timeout)):
+                raise ClientGone
+
+    def linger(self) -> None:
+        """Reads and drops what a refused client still sends, so that it sees the answer: closing at once would reset it."""
+        try:
+            self._connection.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            return
+        self._connection.buffer = b''
+        total = Deadline(LINGER_TOTAL)
+        scrap = memoryview(bytearray(RECV_SIZE))
+        try:
+            while self._connection.receive(Deadline(min(LINGER_PAUSE, total.remaining())), scrap):
+                pass
+        except socket.timeout:
+            pass
+
+
+def body_too_large(server: ServerConfig) -> GatewayError:
+    return GatewayError('body_too_large', 'the request body is larger than %d bytes (server.max_body)' % server.max_body)
+
+
+# ---------------------------------------------------------------------------------------------
+# HTTP front: rules of admission
+
+# Names that nobody can own in the public DNS, so no stranger's page can point them here.
+_LOCAL_SUFFIXES = ('.local', '.localhost', '.internal', '.lan', '.home.arpa', '.svc', '.cluster.local')
+_DEFAULT_PORTS = {'http': ':80', 'https': ':443'}
+
+
+def host_name(host: str) -> str:
+    """The name of a Host header, without its port."""
+    match = _HOST.fullmatch(host)
+    return match.group(1).lower().rstrip('.') if match else host
+
+
+def own_origins(host: str) -> Tuple[str, str]:
+    """The origins that a page from this Host has."""
+    host = host.lower()
+    return tuple('%s://%s' % (scheme, host[:-len(port)] if host.endswith(port) else host)    # type: ignore[return-value]
+                 for scheme, port in _DEFAULT_PORTS.items())
+
+
+class AccessRules:
+    """Who may ask: keys, browser origins, host names."""
+
+    def __init__(self, server: ServerConfig) -> None:
+        self._keys = [(name, secret.encode()) for name, secret in server.api_keys.items()]
+        self._origins = frozenset(server.allowed_origins)
+        self._hosts = frozenset(host_name(urllib.parse.urlsplit(origin).netloc) for origin in server.allowed_origins if origin != '*')
+        self._own_name = socket.gethostname().lower()
+
+    def client_of(self, head: RequestHead, address: str) -> str:
+        """The name of the key, or the address where none is asked for. Raises GatewayError (401)."""
+        if not self._keys:
+            return address
+        scheme, _, given = head.fields.get(b'authorization', b'').partition(b' ')
+        secret = given.strip() if scheme.lower() == b'bearer' else head.fields.get(b'x-api-key', b'')
+        found = ''
+        for name, expected in self._keys:       # all of them: the time says nothing about which
+            if hmac.compare_digest(secret, expected):
+                found = name
+        if not found:
+            raise GatewayError('invalid_api_key', 'the API key is absent or wrong; send one as "Authorization: Bearer …"',
+                               headers=['WWW-Authenticate: Bearer'])
+        return found
+
+    def allowed_origin(self, head: RequestHead) -> Optional[str]:
+        """The Origin header where it is an allowed one, else None."""
+        origin = head.text(b'origin')
+        return origin if origin and ('*' in self._origins or origin.lower() in self._origins) else None
+
+    def check_origin(self, head: RequestHead) -> None:
+        """Refuses pages of strangers. Raises GatewayError (403)."""
+        if b'origin' not in head.fields or head.names.count(b'origin') == 1 and (
+                self.allowed_origin(head) or head.text(b'origin').lower() in own_origins(head.host)):
+            return
+        raise GatewayError('origin_not_allowed', 'pages of %s may not call this gateway; add it to server.allowed_origins'
+                           % (head.text(b'origin')[:200] or 'an empty origin'))
+
+    def check_host(self, head: RequestHead) -> None:
+        """Refuses DNS rebinding: a stranger's name that leads here. Raises GatewayError (403)."""
+        if self._keys or '*' in self._origins:
+            return
+        name = host_name(head.host)
+        if '.' not in name and ':' not in name or name.endswith(_LOCAL_SUFFIXES) or name == self._own_name or name in self._hosts:
+            return
+        try:
+            ipaddress.ip_address(name.strip('[]'))
+        except ValueError:
+            raise GatewayError('host_not_allowed', 'the Host %s is not known here; set server.api_keys, or add its origin '
+                               'to server.allowed_origins' % name[:200]) from None
+
+    @staticmethod
+    def cors(origin: str) -> List[str]:
+        return ['Access-Control-Allow-Origin: ' + origin, 'Access-Control-Expose-Headers: X-Request-Id, Retry-After', 'Vary: Origin']
+
+    @staticmethod
+    def preflight(head: RequestHead) -> List[str]:
+        lines = ['Access-Control-Allow-Methods: GET, HEAD, POST, OPTIONS',
+                 'Access-Control-Allow-Headers: ' + (head.text(b'access-control-request-headers') or 'Authorization, Content-Type'),
+                 'Access-Control-Max-Age: 600']
+        if b'access-control-request-private-network' in head.fields:
+            lines.append('Access-Control-Allow-Private-Network: true')
+        return lines
+
+
+# ---------------------------------------------------------------------------------------------
+# HTTP front: the listener and its connections
+
+
+class Connections:
+    """The open client connections: who waits, the longest first, and who has a request in progress."""
+
+    def __init__(self, on_all_idle: Callable[[], None]) -> None:
+        self._on_all_idle = on_all_idle
+        # _lock guards both.
+        self._lock = threading.Lock()
+        self._idle: 'collections.OrderedDict[ClientConnection, None]' = collections.OrderedDict()
+        self._busy: Set[ClientConnection] = set()
+
+    def opened(self, connection: ClientConnection, limit: int) -> bool:
+        """Makes room for a new connection; False where all others have a request in progress."""
+        evicted = None
+        with self._lock:
+            if len(self._idle) + len(self._busy) >= limit:
+                if not self._idle:
+                    return False
+                evicted, _ = self._idle.popitem(last=False)
+            self._idle[connection] = None
+        if evicted:
+            shut(evicted.sock)
+        return True
+
+    def began(self, connection: ClientConnection) -> None:
+        """Its request has arrived whole. Raises ClientGone where it was evicted meanwhile."""
+        with self._lock:
+            if connection not in self._idle:
+                raise ClientGone
+            del self._idle[connection]
+            self._busy.add(connection)
+
+    def ended(self, connection: ClientConnection) -> None:
+        with self._lock:
+            if connection not in self._busy:
+                return
+            self._busy.discard(connection)
+            self._idle[connection] = None
+            all_idle = not self._busy
+        if all_idle:
+            self._on_all_idle()
+
+    def closed(self, connection: ClientConnection) -> None:
+        self.ended(connection)
+        with self._lock:
+            self._idle.pop(connection, None)
+
+    @property
+    def busy(self) -> int:
+        return len(self._busy)
+
+    @property
+    def count(self) -> int:
+        return len(self._idle) + len(self._busy)
+
+
+def listening_socket_family(host: str, port: int) -> Tuple[int, Tuple[Any, ...]]:
+    """(family, address) to bind. Raises OSError where the name is unknown."""
+    if not host:
+        return (socket.AF_INET6, ('::', port)) if socket.has_dualstack_ipv6() else (socket.AF_INET, ('0.0.0.0', port))
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    return family, address
+
+
+class GatewayParts:
+    """What the HTTP front needs of the whole. `settings` are replaced as one by a reload."""
+
+    config: Config
+    rules: AccessRules
+    watchdog: Watchdog
+    queue: AdmissionQueue
+    upstream: Upstream
+    relay: Relay
+    metrics: Metrics
+    connections: Connections
+    closing = False
+
+    def all_idle(self) -> None:
+        """No request is in progress any more."""
+
+
+_REASONS = {status.value: status.phrase for status in http.HTTPStatus}
+
+
+def render_head(status: int, lines: Sequence[str]) -> bytes:
+    """The head of an answer of the gateway's own."""
+    return ('HTTP/1.1 %d %s\r\nServer: gollama\r\n%s\r\n\r\n' % (status, _REASONS.get(status, ''), '\r\n'.join(lines))).encode('latin-1')
+
+
+class GatewayServer(http.server.ThreadingHTTPServer):
+    """The listener: a thread for each connection, at most `max_connections` of them."""
+
+    daemon_threads = True
+    request_queue_size = 1024       # the default of 5 drops connections in a burst
+    allow_reuse_address = POSIX     # elsewhere this option means "share the port"
+    allow_reuse_port = False        # two gateways on one port would each get half of the requests
+
+    PAUSE_WITHOUT_DESCRIPTORS = 0.1     # seconds; accept would spin otherwise
+    REFUSED_KEPT = 64                   # refused connections that are closed a little later, so that the answer is seen
+
+    def __init__(self, gateway: GatewayParts, handler: Type[socketserver.BaseRequestHandler]) -> None:
+        self.gateway = gateway
+        host, port = gateway.config.server.addr
+        self.address_family, address = listening_socket_family(host, port)
+        self.connections = gateway.connections
+        self._refused: Deque[Tuple[float, socket.socket]] = collections.deque()
+        super().__init__(address, handler)      # type: ignore[arg-type]
+
+    def server_bind(self) -> None:
+        """Without http.server's look-up of the host's name, which can hang."""
+        if self.address_family == socket.AF_INET6 and not self.gateway.config.server.addr[0]:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[0], self.server_address[1]     # type: ignore[assignment]
+
+    def get_request(self) -> Tuple[socket.socket, Any]:
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                log.error('no connection accepted', {'error': error.strerror, 'connections': self.connections.count})
+                time.sleep(self.PAUSE_WITHOUT_DESCRIPTORS)
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """A thread for the connection; where there is no room or no thread, a refusal."""
+        address = client_address[0]
+        address = address[7:] if address.startswith('::ffff:') else address.partition('%')[0]
+        server = self.gateway.config.server
+        connection = ClientConnection(request, address, server)
+        if not self.connections.opened(connection, server.max_connections):
+            return self._refuse(request, address, 'all %d connections have a request in progress' % server.max_connections)
+        try:
+            threading.Thread(target=self.process_request_thread, args=(request, connection), daemon=True).start()
+        except RuntimeError as error:
+            self.connections.closed(connection)
+            self._refuse(request, address, str(error))
+
+    def _refuse(self, request: socket.socket, address: str, why: str) -> None:
+        error = GatewayError('too_many_connections', 'too many connections: %s; try again soon' % why, 1)
+        log.warning('connection refused', {'client': address, 'why': why})
+        body = error.body()
+        request.setblocking(False)
+        try:
+            request.send(render_head(error.status, ['Content-Type: application/json', 'Content-Length: %d' % len(body),
+                                                    'Retry-After: 1', 'Connection: close']) + body)
+            request.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+        self._refused.append((time.monotonic(), request))
+        self._close_refused()
+
+    def _close_refused(self) -> None:
+        now = time.monotonic()
+        while self._refused and (len(self._refused) > self.REFUSED_KEPT or now - self._refused[0][0] > 1):
+            self._refused.popleft()[1].close()
+
+    def service_actions(self) -> None:
+        self._close_refused()
+        self.gateway.upstream.pool.expire()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.exception('internal error in a connection')
+
+    def server_close(self) -> None:
+        super().server_close()
+        for _, request in self._refused:
+            request.close()
+
+
+# ---------------------------------------------------------------------------------------------
+# HTTP front: answering
+
+_REQUEST_IDS = itertools.count(1)
+_REQUEST_ID_PREFIX = '%x-%x-' % (int(time.time()), os.getpid())     # no getrandom a request
+END_OF_CHUNKS = b'0\r\n\r\n'
+
+
+# A JSON parser would recurse as deep as a hostile body likes, on a thread's small stack. Inside a
+# JSON string the quotes are escaped, so a prompt cannot look like this.
+WANTS_STREAM = re.compile(rb'(?<!\\)"stream"\s*:\s*true')
+
+
+def status_report(gateway: GatewayParts) -> Dict[str, Any]:
+    """What /status says."""
+    metrics = gateway.metrics.status()
+    return {'version': __version__, 'uptime_seconds': metrics.pop('uptime_seconds'), 'engine': gateway.watchdog.status(),
+            'queue': gateway.queue.status(), 'connections': gateway.connections.count, **metrics}
+
+
+def metrics_text(gateway: GatewayParts) -> str:
+    """What /metrics says."""
+    queue, engine = gateway.queue.status(), gateway.watchdog.status()
+    build = 'gollama_build_info{version="%s",python="%s"}' % (__version__, platform.python_version())
+    return gateway.metrics.text([
+        ('gollama_in_flight', 'gauge', 'Requests that hold a slot.', queue['in_flight']),
+        ('gollama_waiting', 'gauge', 'Requests that wait for a slot.', queue['waiting']),
+        ('gollama_engine_up', 'gauge', '1 when the engine is ready.', int(gateway.watchdog.ready)),
+        ('gollama_engine_restarts_total', 'counter', 'Starts of the engine after the first.', engine['restarts']),
+        (build, 'gauge', 'Version of gollama and of Python.', 1)])
+
+
+class Heartbeat:
+    """SSE comments for a streaming request that waits, so that proxies keep the line open."""
+
+    def __init__(self, exchange: Exchange, interval: float, wants_stream: bool, position: Callable[[], int], head: bytes, chunked: bool) -> None:
+        self._exchange = exchange
+        self._interval = interval
+        self._position = position
+        self._head = head
+        self._chunked = chunked
+        self._next = Deadline(interval if wants_stream else math.inf)
+
+    def __call__(self) -> float:
+        """Sends one where it is due; returns seconds until the next."""
+        if self._next.expired:
+            comment = b': waiting, position %d\n\n' % self._position()
+            data = chunk(comment) if self._chunked else comment
+            exchange = self._exchange
+            exchange.connection.send(data if exchange.head_sent else self._head + data)
+            if not exchange.head_sent:
+                exchange.head_sent, exchange.status, exchange.first_byte = True, 200, time.monotonic()
+            exchange.sent += len(comment)
+            self._next = Deadline(self._interval)
+        return self._next.remaining()
+
+
+class GatewayHandler(socketserver.BaseRequestHandler):
+    """A client's connection: request after request, each from its head to its log line."""
+
+    server: GatewayServer
+    client_address: ClientConnection
+
+    def setup(self) -> None:
+        self.connection = self.client_address
+        self.reader = RequestReader(self.connection)
+        self.keep_alive = True
+        self.head: Optional[RequestHead] = None
+        self.cors: List[str] = []
+        self.unread = False         # bytes of the request are still to come
+
+    def handle(self) -> None:
+        while self.keep_alive and self.reader.wait_for_request(Deadline(self.server.gateway.config.server.idle_timeout)):
+            self._serve()
+        if self.unread or self.connection.buffer:
+            self.reader.linger()
+
+    def finish(self) -> None:
+        self.server.gateway.connections.closed(self.connection)
+
+    def _serve(self) -> None:
+        """One request, whatever becomes of it. The configuration is that of its beginning."""
+        gateway = self.server.gateway
+        config = gateway.config
+        exchange = Exchange(self.connection, gateway.relay, _REQUEST_ID_PREFIX + '%x' % next(_REQUEST_IDS))
+        self.head, self.cors, self.keep_alive, self.unread = None, [], False, True
+        body = RequestBody(gateway.queue)
+        try:
+            self.head = self.reader.head(Deadline(config.server.read_timeout))
+            if self.head is None:
+                self.unread = False
+                return
+            self._route(exchange, self.head, body, config)
+        except ClientGone:
+            self.keep_alive = self.unread = False
+            exchange.outcome = 'cancelled'
+        except GatewayError as error:
+            self._answer_error(exchange, error)
+        except Exception:
+            log.exception('internal error', {'id': exchange.id})
+            self._answer_error(exchange, GatewayError('internal_error', 'internal error of the gateway; its log has more under id %s' % exchange.id))
+        finally:
+            body.release()
+            exchange.finish()
+            if self.head is not None or exchange.status:
+                self._account(exchange)
+            self.server.gateway.connections.ended(self.connection)
+
+    # -- routes
+
+    def _route(self, exchange: Exchange, head: RequestHead, body: RequestBody, config: Config) -> None:
+        """The order of refusals is the contract's: 400, 403, 401, 404, 405, 503, 413, 429."""
+        gateway = self.server.gateway
+        rules = gateway.rules
+        exchange.method, exchange.path = head.method, head.path
+        given = head.fields.get(b'x-request-id')
+        if given and REQUEST_ID.fullmatch(given):
+            exchange.id = given.decode()
+        self.unread = head.chunked or head.length > 0
+        forwarded = head.path not in OWN_PATHS and head.path.startswith(config.server.forward)
+        exchange.counted = forwarded and head.method in ('GET', 'HEAD', 'POST')
+        origin = rules.allowed_origin(head)
+        if origin:
+            self.cors = rules.cors(origin)
+        rules.check_origin(head)
+        if head.path not in ('/healthz', '/livez'):
+            rules.check_host(head)
+        if head.method == 'OPTIONS' and origin:
+            return self._answer(exchange, 204, b'', rules.preflight(head))
+        if head.path not in ('/healthz', '/livez', '/'):
+            exchange.client = rules.client_of(head, self.connection.address)
+        if forwarded:
+            self._allow(head, 'GET, HEAD, POST')
+            self._forward(exchange, head, body, config)
+        elif head.path in OWN_PATHS:
+            self._allow(head, 'GET, HEAD')
+            self._own_path(exchange, head.path)
+        else:
+            raise GatewayError('not_found', 'there is nothing at %s; the API is under %s' % (head.path[:200], ' '.join(config.server.forward)))
+
+    @staticmethod
+    def _allow(head: RequestHead, methods: str) -> None:
+        if head.method not in methods.split(', '):
+            raise GatewayError('method_not_allowed', '%s is not allowed here; use %s' % (head.method[:20], methods), headers=['Allow: ' + methods])
+
+    def _own_path(self, exchange: Exchange, path: str) -> None:
+        gateway = self.server.gateway
+        if path == '/healthz':
+            ready = gateway.watchdog.ready and not gateway.closing
+            self._answer_json(exchange, 200 if ready else 503, {'status': 'ok' if ready else 'engine_not_ready'})
+        elif path == '/livez':
+            self._answer_json(exchange, 200, {'status': 'ok'})
+        elif path == '/status':
+            self._answer_json(exchange, 200, status_report(gateway))
+        elif path == '/metrics':
+            self._answer(exchange, 200, metrics_text(gateway).encode(), ['Content-Type: text/plain; version=0.0.4; charset=utf-8'])
+        else:
+            page, policy = status_page()
+            self._answer(exchange, 200, page, ['Content-Type: text/html; charset=utf-8', 'Content-Security-Policy: ' + policy,
+                                               'X-Content-Type-Options: nosniff', 'Referrer-Policy: no-referrer', 'Cache-Control: no-cache'])
+
+    # -- forwarding
+
+    def _forward(self, exchange: Exchange, head: RequestHead, body: RequestBody, config: Config) -> None:
+        """The journey of a request; see the module's docstring."""
+        gateway = self.server.gateway
+        if gateway.closing:
+            raise GatewayError('shutting_down', 'the gateway is shutting down; try again soon', 5)
+        if head.length > config.server.max_body:
+            raise body_too_large(config.server)
+        takes_slot = head.method == 'POST'
+        if takes_slot:
+            gateway.queue.check_room(head.length)
+        self.reader.body(head, body, config.server)
+        self.unread = False
+        self.server.gateway.connections.began(self.connection)
+        self.keep_alive = head.keep_alive
+        exchange.arrived = time.monotonic()
+        deadline = Deadline(config.queue.wait_timeout)
+        if config.queue.heartbeat and takes_slot:
+            exchange.heartbeat = self._heartbeat(exchange, head, body, config.queue.heartbeat)
+        if not takes_slot:
+            return self._exchange(exchange, head, body, config, deadline)
+        gateway.queue.admit(exchange, deadline, lambda: gateway.watchdog.ready)
+        try:
+            self._exchange(exchange, head, body, config, deadline)
+        finally:
+            gateway.queue.release(exchange)
+
+    def _exchange(self, exchange: Exchange, head: RequestHead, body: RequestBody, config: Config, deadline: Deadline) -> None:
+        with self.server.gateway.upstream.answer(exchange, head, body, config, deadline) as answer:
+            # ---- the commit point ----
+            exchange.well_answered = answer.head.status < 400
+            exchange.outcome = 'ok' if answer.head.status < 500 else 'failed'
+            if exchange.head_sent and not answer.head.event_stream:
+                self._pass_as_event(exchange, answer)
+            elif answer.whole is not None and not exchange.head_sent:
+                self._pass_whole(exchange, head, answer)
+            else:
+                self._pass_stream(exchange, head, answer, config)
+
+    def _pass_whole(self, exchange: Exchange, head: RequestHead, answer: EngineAnswer) -> None:
+        body = answer.whole or b''
+        self._commit(exchange, answer.head.status)
+        data = self._forwarded_head(exchange, answer.head, [])
+        if len(body) <= SMALL_BODY:
+            self.connection.send(data + body)
+        else:
+            self.connection.send(data)
+            self.connection.send(body)
+        exchange.sent = len(body)
+        read_usage(exchange, body if len(body) <= 2 * USAGE_WITHIN else body[:USAGE_WITHIN] + body[-USAGE_WITHIN:])
+
+    def _pass_as_event(self, exchange: Exchange, answer: EngineAnswer) -> None:
+        """A plain answer for somebody who has had heartbeats already."""
+        assert self.head is not None
+        body = answer.whole or b''
+        event = b'data: ' + body.replace(b'\r', b'').replace(b'\n', b' ') + b'\n\n'
+        self.connection.send(chunk(event) + END_OF_CHUNKS if self.head.version11 else event)
+        self.keep_alive = self.keep_alive and self.head.version11
+        exchange.sent += len(event)
+        read_usage(exchange, body[-USAGE_WITHIN:])
+
+    def _pass_stream(self, exchange: Exchange, head: RequestHead, answer: EngineAnswer, config: Config) -> None:
+        """The head and what came with it leave at once; the relay copies the rest."""
+        gateway = self.server.gateway
+        translate, lines = self._stream_framing(exchange, head, answer)
+        heard = gateway.watchdog.heard_answer if config.engine.hang_timeout else None
+        body = answer.follower(collect=bool(heard) or translate == 'decode')
+        stream = Stream(exchange, answer.connection.sock, body, translate, answer.head.event_stream, heard)
+        try:
+            first = stream.digest(answer.first) if answer.first else b''
+        except Malformed as error:
+            raise GatewayError('engine_failed', 'the engine answered garbage: %s' % error) from None
+        data = b'' if exchange.head_sent else self._forwarded_head(exchange, answer.head, lines)
+        self._commit(exchange, answer.head.status)
+        if data or first:
+            self.connection.send(data + first)
+        exchange.sent += len(first)
+        if body.done:
+            stream.result = 'ok'
+        else:
+            self._relay(exchange, stream)
+        answer.reusable = stream.result == 'ok' and not body.excess and not answer.head.will_close and answer.head.chunked
+        read_usage(exchange, stream.recent)
+        self._judge(exchange, stream)
+
+    def _stream_framing(self, exchange: Exchange, head: RequestHead, answer: EngineAnswer) -> Tuple[str, List[str]]:
+        """How the body is translated, and the header lines that say so."""
+        lines = ['X-Accel-Buffering: no'] if answer.head.event_stream else []       # nginx would collect the events
+        if not head.version11:
+            self.keep_alive = self.keep_alive and answer.length is not None
+            return 'decode' if answer.chunked else 'raw', lines
+        if answer.length is not None and not exchange.head_sent:
+            return 'raw', lines
+        return 'raw' if answer.chunked else 'encode', lines + ['Transfer-Encoding: chunked']
+
+    def _relay(self, exchange: Exchange, stream: Stream) -> None:
+        exchange.rearm()
+        exchange.watched = True
+        for sock in (stream.engine, stream.client):
+            sock.setblocking(False)
+        self.server.gateway.relay.post(self.server.gateway.relay.copy, stream)
+        while not stream.result:
+            exchange.wait_for_relay()
+            exchange.rearm()
+        stream.client.setblocking(True)
+        stream.engine.setblocking(True)
+
+    def _judge(self, exchange: Exchange, stream: Stream) -> None:
+        if stream.result != 'ok':
+            self.keep_alive = False
+            exchange.outcome = stream.result
+            if stream.fault:
+                log.warning('answer broken off', {'id': exchange.id, 'why': stream.fault})
+        elif stream.event_stream and _ERROR_EVENT.search(stream.recent):
+            exchange.outcome = 'failed'
+
+    # -- answers
+
+    def _commit(self, exchange: Exchange, status: int) -> None:
+        if not exchange.head_sent:
+            exchange.head_sent, exchange.status, exchange.first_byte = True, status, time.monotonic()
+
+    def _forwarded_head(self, exchange: Exchange, head: AnswerHead, lines: List[str]) -> bytes:
+        assert self.head is not None
+        own = lines + self.cors + self._connection_lines(exchange)
+        passed = passed_on(head.names, head.headers, NOT_TO_CLIENT)
+        return b'HTTP/1.1 %d %s\r\n%s\r\n%s\r\n\r\n' % (head.status, head.reason, '\r\n'.join(own).encode('latin-1'), b'\r\n'.join(passed))
+
+    def _connection_lines(self, exchange: Exchange) -> List[str]:
+        self.keep_alive = self.keep_alive and not self.server.gateway.closing
+        lines = ['X-Request-Id: ' + exchange.id]
+        if not self.keep_alive:
+            lines.append('Connection: close')
+        elif self.head is not None and not self.head.version11:
+            lines.append('Connection: keep-alive')
+        return lines
+
+    def _heartbeat(self, exchange: Exchange, head: RequestHead, body: RequestBody, interval: float) -> Callable[[], float]:
+        lines = ['Content-Type: text/event-stream', 'Cache-Control: no-cache', 'X-Accel-Buffering: no'] + self.cors
+        if head.version11:
+            lines.append('Transfer-Encoding: chunked')
+        else:
+            self.keep_alive = False
+        text = render_head(200, lines + self._connection_lines(exchange))
+        queue = self.server.gateway.queue
+        return Heartbeat(exchange, interval, bool(WANTS_STREAM.search(body.data)), lambda: queue.position(exchange), text, head.version11)
+
+    def _answer(self, exchange: Exchange, status: int, body: bytes, lines: Sequence[str]) -> None:
+        """An answer of the gateway's own."""
+        head = self.head
+        self.keep_alive = head is not None and head.keep_alive and not self.unread
+        all_lines = [*lines, *self.cors, *self._connection_lines(exchange)]
+        if status != 204:
+            all_lines.insert(0, 'Content-Length: %d' % len(body))
+        exchange.status = status
+        exchange.outcome = exchange.outcome or ('ok' if status < 400 else 'failed' if status in (500, 502) else 'refused')
+        if head is not None and head.method == 'HEAD':
+            body = b''
+        self._commit(exchange, status)
+        exchange.sent = len(body)
+        self.connection.send(render_head(status, all_lines) + body)
+
+    def _answer_json(self, exchange: Exchange, status: int, value: object) -> None:
+        self._answer(exchange, status, json.dumps(value, separators=(',', ':')).encode(), ['Content-Type: application/json'])
+
+    def _answer_error(self, exchange: Exchange, error: GatewayError) -> None:
+        answered, exchange.outcome = exchange.outcome, 'failed' if error.status in (500, 502) else 'refused'
+        if exchange.head_sent:
+            self.keep_alive = False
+            return None if answered else self._end_with_error_event(exchange, error)
+        lines = ['Content-Type: application/json', *error.headers]
+        if error.retry_after:
+            lines.append('Retry-After: %d' % error.retry_after)
+        try:
+            self._answer(exchange, error.status, error.body(), lines)
+        except ClientGone:
+            self.keep_alive = self.unread = False
+
+    def _end_with_error_event(self, exchange: Exchange, error: GatewayError) -> None:
+        """After heartbeats: an error event, and no end mark."""
+        event = b'data: ' + error.body() + b'\n\n'
+        try:
+            self.connection.send(chunk(event) if self.head is not None and self.head.version11 else event)
+        except ClientGone:
+            pass
+
+    def _account(self, exchange: Exchange) -> None:
+        """The access line and the counters."""
+        now = time.monotonic()
+        if exchange.status is None:
+            exchange.status = 499       # nginx's: the client left before an answer
+        if not exchange.outcome:
+            exchange.outcome = 'cancelled'
+        fields: Dict[str, object] = {
+            'id': exchange.id, 'client': exchange.client, 'method': exchange.method[:20], 'path': exchange.path[:200],
+            'status': exchange.status, 'outcome': exchange.outcome, 'queue_ms': round(exchange.queue_seconds * 1000, 1),
+            'first_byte_ms': None if exchange.first_byte is None else round((exchange.first_byte - exchange.started) * 1000, 1),
+            'total_ms': round((now - exchange.started) * 1000, 1), 'bytes': exchange.sent, 'tokens': exchange.tokens}
+        self.server.gateway.metrics.record(exchange, fields, now - exchange.started)
+        log.log(logging.DEBUG if exchange.path in OWN_PATHS[1:] else logging.INFO, 'request', fields)
+
+
+# ---------------------------------------------------------------------------------------------
+# Demo engine
+
+DEMO_TEXT = ('This is the demo engine of gollama, not a language model. It stands in for llama-server so that you can see the gateway '
+             'at work: each of these words is sent as one token. Put a llama-server and a model into config.json to hear a real answer. ')
+DEMO_WORDS = [word + ' ' for word in DEMO_TEXT.split()]
+DEMO_TOKENS = 32            # where a request has no max_tokens
+DEMO_DELAY = 'GOLLAMA_DEMO_DELAY'   # environment: seconds a token
+
+
+class DemoHandler(http.server.BaseHTTPRequestHandler):
+    """Speaks like llama-server, as far as a newcomer's curl and an integrator's client go."""
+
+    protocol_version = 'HTTP/1.1'
+    server_version = 'gollama-demo'
+    disable_nagle_algorithm = True
+    wbufsize = -1
+    delay = float(os.environ.get(DEMO_DELAY) or 0.05)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """No access log: the gateway has one."""
+
+    def do_GET(self) -> None:
+        known = {'/health': {'status': 'ok'}, '/props': {'total_slots': 1024, 'model_path': 'demo'},
+                 '/v1/models': {'object': 'list', 'data': [{'id': 'demo', 'object': 'model', 'owned_by': 'gollama'}]}}
+        if self.path in known:
+            self._json(200, known[self.path])
+        else:
+            self._error(404, 'not found')
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
+        if self.path != '/v1/chat/completions':
+            return self._error(404, 'the demo engine only knows /v1/chat/completions')
+        try:
+            question = json.loads(body)
+            count = int(question.get('max_tokens') or DEMO_TOKENS)
+            streamed = question.get('stream') is True
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            return self._error(400, 'the body is not a JSON object')
+        words = itertools.islice(itertools.cycle(DEMO_WORDS), max(1, min(count, 100000)))
+        answer = {'id': 'chatcmpl-demo', 'created': int(time.time()), 'model': 'demo'}
+        usage = {'prompt_tokens': len(body.split()), 'completion_tokens': max(1, min(count, 100000))}
+        usage['total_tokens'] = sum(usage.values())
+        if streamed:
+            self._stream(answer, words, usage)
+        else:
+            text = ''.join(self._paced(words))
+            message = {'role': 'assistant', 'content': text}
+            self._json(200, {**answer, 'object': 'chat.completion', 'usage': usage,
+                             'choices': [{'index': 0, 'message': message, 'finish_reason': 'length'}]})
+
+    def _paced(self, words: Iterable[str]) -> Iterator[str]:
+        for word in words:
+            if self.delay:
+                time.sleep(self.delay)
+            yield word
+
+    def _stream(self, answer: Dict[str, Any], words: Iterable[str], usage: Dict[str, int]) -> None:
+        answer = {**answer, 'object': 'chat.completion.chunk'}
+        self._head(200, 'text/event-stream', 'Transfer-Encoding', 'chunked')
+        for word in self._paced(words):
+            self._event({**answer, 'choices': [{'index': 0, 'delta': {'content': word}, 'finish_reason': None}]})
+        self._event({**answer, 'choices': [{'index': 0, 'delta': {}, 'finish_reason': 'length'}], 'usage': usage})
+        self.wfile.write(chunk(b'data: [DONE]\n\n') + END_OF_CHUNKS)
+        self.wfile.flush()
+
+    def _event(self, event: Dict[str, Any]) -> None:
+        self.wfile.write(chunk(b'data: %s\n\n' % json.dumps(event).encode()))
+        self.wfile.flush()
+
+    def _head(self, status: int, content_type: str, name: str, value: str) -> None:
+        self.send_response(status)
+        self.send_header('Content-Type', content_type)
+        self.send_header(name, value)
+        self.end_headers()
+
+    def _json(self, status: int, value: object) -> None:
+        body = json.dumps(value).encode()
+        self._head(status, 'application/json', 'Content-Length', str(len(body)))
+        self.wfile.write(body)
+
+    def _error(self, status: int, message: str) -> None:
+        self._json(status, {'error': {'message': message, 'type': 'invalid_request_error', 'code': status}})
+
+
+class DemoServer(http.server.ThreadingHTTPServer):
+    """The demo engine's listener."""
+
+    request_queue_size = 1024
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that left in mid-stream: nothing to say."""
+
+
+def run_demo_engine(host: str, port: int) -> int:
+    """Serves until it is killed."""
+    with DemoServer((host, port), DemoHandler) as server:
+        print('demo engine: server is listening on http://%s' % bracketed(host, server.server_port), flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            pass
+    return 0
+
+
+def demo_config(config: Config, port: int) -> Config:
+    """The same, with the demo engine in place of the engine."""
+    engine = dataclasses.replace(config.engine, bin=sys.executable, args=(os.path.abspath(__file__), '--demo-engine'),
+                                 base_url=('127.0.0.1', port), api_key=None, health_path='/health')
+    return dataclasses.replace(config, engine=engine)
+
+
+# ---------------------------------------------------------------------------------------------
+# Gateway
+
+
+def say(text: str) -> None:
+    """A plain sentence for the person at the terminal."""
+    try:
+        print(text, flush=True)
+    except (OSError, ValueError, AttributeError):
+        pass        # nobody there
+
+
+class Notifier:
+    """Tells systemd (sd_notify) where NOTIFY_SOCKET says; nothing where it does not."""
+
+    def __init__(self) -> None:
+        address = os.environ.get('NOTIFY_SOCKET', '')
+        self._address = '\0' + address[1:] if address.startswith('@') else address
+        self._was_ready = False
+        self._last_extension = -math.inf
+
+    def tell(self, *lines: str) -> None:
+        if not self._address:
+            return
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.connect(self._address)
+                sock.send('\n'.join(lines).encode())
+        except OSError as error:
+            log.warning('systemd cannot be told', {'error': str(error)})
+
+    def ready(self, status: str) -> None:
+        if self._was_ready:
+            return self.tell('STATUS=' + status)
+        self._was_ready = True
+        self.tell('READY=1', 'STATUS=' + status)
+
+    def sign_of_life(self, start_timeout: float) -> None:
+        """While it starts for the first time: as long again as the engine may be silent."""
+        if not self._was_ready and time.monotonic() - self._last_extension > 1:
+            self._last_extension = time.monotonic()
+            seconds = min(start_timeout, 86400) + 15
+            self.tell('EXTEND_TIMEOUT_USEC=%d' % (seconds * 1e6), 'STATUS=the engine is loading')
+
+    def reloaded(self) -> None:
+        if self._was_ready:
+            self.tell('RELOADING=1', 'MONOTONIC_USEC=%d' % (time.monotonic() * 1e6))
+            self.tell('READY=1', 'STATUS=reloaded')
+
+
+class Mailbox:
+    """What the main thread waits for: signals, and what other threads report.
+
+    A signal handler may neither lock nor log, and a wait on a queue lost 41 of 20,000 wake-ups:
+    the interpreter writes the signal's number into a socket instead (signal.set_wakeup_fd).
+    """
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._posted: Deque[Tuple[str, str]] = collections.deque()
+
+    def catch(self, *names: str) -> None:
+        """From now on these signals arrive here; only in the main thread."""
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        for name in names:
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), lambda signum, frame: None)
+
+    def post(self, name: str, detail: str = '') -> None:
+        self._posted.append((name, detail))
+        try:
+            self._writer.send(b'\0')
+        except OSError:
+            pass        # full: it wakes anyway
+
+    def wait(self, seconds: float) -> Tuple[str, str]:
+        """The next (name, detail); ('timeout', '') when there is none."""
+        if not self._posted:
+            self._reader.settimeout(None if math.isinf(seconds) else max(seconds, 0.001))
+            try:
+                number = self._reader.recv(1)[0]
+            except socket.timeout:
+                return 'timeout', ''
+            if number:
+                return signal.Signals(number).name, ''
+        return self._posted.popleft() if self._posted else ('nothing', '')
+
+    def close(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.set_wakeup_fd(-1)
+        self._reader.close()
+        self._writer.close()
+
+
+class Gateway(GatewayParts, WatchdogListener):
+    """The whole: builds the parts, starts them, reloads, drains, stops."""
+
+    CUT_SHOWS_WITHIN = 2.0      # seconds for the answers that a stop cuts to say so
+
+    def __init__(self, config: Config, load: Callable[[], Config]) -> None:
+        """`load` reads the configuration again, for a reload. Raises OSError where the address cannot be had."""
+        self._load = load
+        self.config = config
+        self.rules = AccessRules(config.server)
+        self.mailbox = Mailbox()
+        self.connections = Connections(self.all_idle)
+        self.relay = Relay()
+        self.relay.write_timeout = config.server.write_timeout
+        self.metrics = Metrics()
+        self.queue = AdmissionQueue(config.queue)
+        self.watchdog = Watchdog(config.engine, config.server.drain_timeout, self)
+        self.upstream = Upstream(self.watchdog)
+        self._notifier = Notifier()
+        self._server = GatewayServer(self, GatewayHandler)
+        self.port = self._server.server_port
+
+    def run(self) -> int:
+        """Serves until a signal; returns the exit code."""
+        self.relay.start()
+        threading.Thread(target=self._server.serve_forever, name='accept', daemon=True).start()
+        self.mailbox.catch('SIGTERM', 'SIGINT', 'SIGHUP')
+        say('gollama %s listens on %s' % (__version__, self.url()))
+        log.info('listening', {'addr': bracketed(self.config.server.addr[0] or '*', self.port), 'version': __version__})
+        for warning in config_warnings(self.config):
+            log.warning(warning)
+        self.watchdog.start()
+        try:
+            return self._serve_until_told()
+        finally:
+            self._end()
+
+    def url(self) -> str:
+        """Where a person on this machine reaches it."""
+        host = self.config.server.addr[0]
+        return 'http://' + bracketed('127.0.0.1' if host in ('', '0.0.0.0', '::') else host, self.port)
+
+    def _serve_until_told(self) -> int:
+        while True:
+            name, detail = self.mailbox.wait(math.inf)
+            if name == 'SIGHUP':
+                self._reload()
+            elif name in ('SIGTERM', 'SIGINT'):
+                return self._drain_and_stop(name)
+            elif name == 'failed':
+                sys.stderr.write('gollama: %s\n' % detail)
+                return 1
+
+    def _drain_and_stop(self, why: str) -> int:
+        """No new requests, those waiting are refused, those in flight get drain_timeout; a second signal ends it all."""
+        self.closing = True
+        self._notifier.tell('STOPPING=1', 'STATUS=draining')
+        log.info('stopping', {'signal': why, 'in_flight': self.connections.busy})
+        self.queue.close()
+        self.watchdog.close()
+        deadline = Deadline(self.config.server.drain_timeout)
+        if self.connections.busy:
+            say('stopping: %d requests are in progress, waiting for them (Ctrl-C again: stop at once)' % self.connections.busy)
+        kill = not self._wait_until(lambda: not self.connections.busy, deadline)
+        self.watchdog.stop(kill)
+        if not kill:
+            say('stopping the engine')
+            kill = not self._wait_until(lambda: self.watchdog.join(0), Deadline(math.inf))
+            if kill:
+                self.watchdog.stop(kill)
+        self.watchdog.join(self.CUT_SHOWS_WITHIN if kill else None)
+        self._wait_until(lambda: not self.connections.busy, Deadline(0 if kill else self.CUT_SHOWS_WITHIN))
+        say('stopped')
+        log.info('stopped')
+        return 0
+
+    def _wait_until(self, done: Callable[[], bool], deadline: Deadline) -> bool:
+        """False where a second signal came; True when it is done, or the deadline has passed."""
+        while not done() and not deadline.expired:
+            if self.mailbox.wait(deadline.remaining())[0] in ('SIGTERM', 'SIGINT'):
+                return False
+        return True
+
+    def _end(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self.watchdog.stop(kill=True)
+        self.watchdog.join(5)
+        self.relay.close()
+        self.relay.join(1)
+        self.upstream.pool.expire(-1)
+        self.mailbox.close()
+
+    def _reload(self) -> None:
+        try:
+            config = self._load()
+            engine_command(config.engine)
+            setup_logging(config.logger)
+        except ConfigError as error:
+            for problem in error.problems:
+                log.error('the configuration is bad, nothing was changed', {'problem': problem})
+            return
+        except OSError as error:
+            log.error('the configuration is bad, nothing was changed', {'problem': 'logger.log-path: %s' % error})
+            return
+        if config.server.addr != self.config.server.addr:
+            log.warning('server.addr has changed: this needs a restart')
+        self.rules = AccessRules(config.server)
+        self.config = config
+        self.relay.write_timeout = config.server.write_timeout
+        self.queue.reconfigure(config.queue)
+        restarts = self.watchdog.reconfigure(config.engine, config.server.drain_timeout)
+        log.info('configuration reloaded', {'engine': 'restarts' if restarts else 'unchanged'})
+        for warning in config_warnings(config):
+            log.warning(warning)
+        self._notifier.reloaded()
+
+    # -- told by others, in their threads
+
+    def all_idle(self) -> None:
+        if self.closing:
+            self.mailbox.post('idle')
+
+    def engine_changed(self, state: EngineState, detail: str) -> None:
+        if state is EngineState.READY:
+            self._notifier.ready('ready')
+            if self.watchdog.generation == 1:
+                say('the engine is ready after %s s; try it:\n  %s' % (detail, self._curl()))
+            else:
+                say('the engine is ready again after %s s' % detail)
+            self._compare_slots()
+        elif state is EngineState.STARTING:
+            say('starting the engine (%s) and waiting until its model is loaded' % detail)
+            self._notifier.sign_of_life(self.config.engine.start_timeout)
+        elif state in (EngineState.DIED, EngineState.HUNG) and self.watchdog.generation:
+            say('the engine %s (%s); it is started again' % (state.value, detail.partition('\n')[0]))
+            self._notifier.tell('STATUS=the engine %s, restarting' % state.value)
+
+    def _curl(self) -> str:
+        auth = "-H 'Authorization: Bearer YOUR_KEY' " if self.config.server.api_keys else ''
+        return ("curl %s/v1/chat/completions %s-d '{\"messages\": [{\"role\": \"user\", \"content\": \"Hello\"}]}'" % (self.url(), auth))
+
+    def _compare_slots(self) -> None:
+        slots = self.watchdog.slots()
+        if slots is not None and slots < self.config.queue.max_concurrency:
+            log.warning('queue.max_concurrency is more than the slots of the engine: the rest waits inside the engine',
+                        {'max_concurrency': self.config.queue.max_concurrency, 'slots': slots})
+
+    def sign_of_life(self) -> None:
+        self._notifier.sign_of_life(self.config.engine.start_timeout)
+
+    def engine_failed_to_start(self, message: str) -> None:
+        self.mailbox.post('failed', message)
+
+    def watchdog_ended(self) -> None:
+        self.mailbox.post('ended')
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+
+
+def raise_descriptor_limit() -> None:
+    """Each request can need two descriptors; the usual soft limit of 1024 is soon used up."""
+    try:
+        import resource
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (65536 if hard == resource.RLIM_INFINITY else min(hard, 65536), hard))
+    except (ImportError, ValueError, OSError):
+        pass        # Windows, or not allowed
+
+
+def make_parser() -> argparse.ArgumentParser:
+    lines = ['%-26s %s (default %s)' % (k.path, k.doc, json.dumps(k.default)) for k in CONFIG_KEYS]
+    parser = argparse.ArgumentParser(
+        prog='gollama.py', add_help=False, usage='python gollama.py [--config FILE] [--demo] [--check]',
+        description='A gateway in front of one local llama-server: starts it, keeps it alive, queues and forwards the OpenAI API.',
+        epilog='configuration keys:\n  ' + '\n  '.join(lines) + '\n\nexit codes: 0 stopped on request, 1 could not start or failed, '
+               '2 bad usage or configuration', formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=120))
+    group = parser.add_argument_group('options')
+    group.add_argument('--config', metavar='FILE', default=None, help='the configuration (default config.json)')
+    group.add_argument('-config', dest='config', default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    group.add_argument('--demo', action='store_true', help='use the built-in demo engine in place of engine.bin and engine.args')
+    group.add_argument('--check', action='store_true', help='check the configuration, print the engine command, start nothing')
+    group.add_argument('--version', action='version', version='gollama ' + __version__, help='print the version')
+    group.add_argument('--help', '-h', action='help', help='print this')
+    for hidden in ('--demo-engine', '--host', '--port'):
+        group.add_argument(hidden, help=argparse.SUPPRESS, **({'action': 'store_true'} if hidden == '--demo-engine' else {}))   # type: ignore[arg-type]
+    return parser
+
+
+def free_loopback_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as sock:
+        sock.bind(('127.0.0.1', 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def config_loader(path: Optional[str], demo: bool) -> Callable[[], Config]:
+    """What reads the configuration, now and for a reload."""
+    name = path or 'config.json'
+    port = free_loopback_port() if demo else 0
+
+    def load() -> Config:
+        if demo and path is None and not os.path.exists(name):
+            return demo_config(parse_config({}, demo=True), port)
+        config = load_config(name, demo)
+        return demo_config(config, port) if demo else config
+    return load
+
+
+def complain(problems: Sequence[str]) -> None:
+    for problem in problems:
+        sys.stderr.write('gollama: %s\n' % problem)
+
+
+STACK_SIZE = 1024 * 1024    # bytes of address space for each thread; only what is touched is memory
+
+
+def run_gateway(config: Config, load: Callable[[], Config]) -> int:
+    """Runs a gateway; returns the exit code."""
+    try:
+        setup_logging(config.logger)
+    except OSError as error:
+        complain(['logger.log-path: %s; choose another place' % error])
+        return 2
+    raise_descriptor_limit()
+    threading.stack_size(STACK_SIZE)
+    try:
+        gateway = Gateway(config, load)
+    except OSError as error:
+        complain(['cannot listen on %s: %s; choose another server.addr, or end what uses it'
+                  % (bracketed(*config.server.addr), error.strerror or error)])
+        return 1
+    return gateway.run()
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """The program; returns its exit code."""
+    options = make_parser().parse_args(argv)
+    if options.demo_engine:
+        return run_demo_engine(options.host or '127.0.0.1', int(options.port or 0))
+    load = config_loader(options.config, options.demo)
+    try:
+        config = load()
+        command = engine_command(config.engine)
+    except ConfigError as error:
+        complain(error.problems)
+        return 2
+    if options.check:
+        say('the configuration is good; the engine would be started as\n  %s' % masked(command))
+        for warning in config_warnings(config):
+            say('warning: ' + warning)
+        return 0
+    return run_gateway(config, load)
+
+
+
+if __name__ == '__main__':
+    sys.exit(main())
