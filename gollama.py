@@ -91,7 +91,7 @@ import threading
 import time
 import urllib.parse
 from typing import (Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NoReturn, Optional,
-                    Sequence, Set, Tuple, Type, Union)
+                    Sequence, Set, TextIO, Tuple, Type, Union)
 
 __version__ = '1.0.0'
 
@@ -647,7 +647,7 @@ engine_log = logging.getLogger('gollama.engine')
 
 LEVELS = {'debug': logging.DEBUG, 'info': logging.INFO, 'warn': logging.WARNING, 'error': logging.ERROR}
 _PLAIN = re.compile(r'[!#-<>-~]+')      # visible ASCII without the quote and the equals sign
-STDERR_LINE = 4096                      # bytes; PIPE_BUF on Linux: what select promises a pipe has room for
+PIPE_BUF = 4096         # bytes; what poll promises a pipe has room for
 
 
 def _escaped(char: str) -> str:
@@ -694,39 +694,49 @@ class LogfmtFormatter(logging.Formatter):
         return line
 
 
-class StderrHandler(logging.Handler):
-    """Lines on stderr that never make the gateway wait.
+def write_now(fd: int, data: bytes) -> bool:
+    """Writes a line to a terminal or pipe only where that takes it at once.
 
-    A pipe that nobody reads blocks, it does not fail: so it is asked first whether it takes
-    bytes, and a line that it does not take is dropped and counted. A file is always writable.
+    A pipe that nobody reads blocks, it does not fail: so it is asked first.
     """
+    try:
+        if POSIX:
+            waiter = select.poll()
+            waiter.register(fd, select.POLLOUT)
+            if not any(event & select.POLLOUT for _, event in waiter.poll(0)):
+                return False
+        os.write(fd, data if len(data) <= PIPE_BUF else data[:PIPE_BUF - 4] + b'...\n')
+    except OSError:
+        return False
+    return True
+
+
+def say(text: str, file: Optional[TextIO] = None) -> None:
+    """A plain sentence for the person at the terminal, on stdout or `file`."""
+    file = file or sys.stdout
+    if file is not None:
+        write_now(file.fileno(), (text + '\n').encode('utf-8', 'backslashreplace'))
+
+
+class StderrHandler(logging.Handler):
+    """Lines on stderr that never make the gateway wait: what it does not take is dropped and counted."""
 
     def __init__(self, fd: int) -> None:
         super().__init__()
         self._fd = fd
         self._dropped = 0
-        self._may_block = not stat.S_ISREG(os.fstat(fd).st_mode)
+        # a file takes everything, and need not be asked
+        self._write: Callable[[int, bytes], int] = os.write if stat.S_ISREG(os.fstat(fd).st_mode) else write_now
 
     def emit(self, record: logging.LogRecord) -> None:
         data = (self.format(record) + '\n').encode('utf-8', 'backslashreplace')
-        if len(data) > STDERR_LINE:
-            data = data[:STDERR_LINE - 4] + b'...\n'
-        if self._dropped and self._write(b'msg="log lines dropped, stderr took none" count=%d\n' % self._dropped):
-            self._dropped = 0
-        if not self._write(data):
-            self._dropped += 1
-
-    def _write(self, data: bytes) -> bool:
         try:
-            if self._may_block and POSIX:
-                waiter = select.poll()
-                waiter.register(self._fd, select.POLLOUT)
-                if not any(event & select.POLLOUT for _, event in waiter.poll(0)):
-                    return False
-            os.write(self._fd, data)
+            if self._dropped and self._write(self._fd, b'msg="log lines dropped, stderr took none" count=%d\n' % self._dropped):
+                self._dropped = 0
+            if not self._write(self._fd, data):
+                self._dropped += 1
         except OSError:
-            return False
-        return True
+            self._dropped += 1
 
 
 class LogFile(logging.handlers.BaseRotatingHandler):
@@ -1163,6 +1173,7 @@ class Watchdog:
 
         self._news = threading.Event()              # something for the watchdog's own thread to look at
         self._stop = threading.Event()
+        self.ended = threading.Event()
         self._process: Optional[EngineProcess] = None       # written by the watchdog's thread alone, like the rest
         self._backoff = Backoff(config.restart_backoff)
         self._starts = 0
@@ -1297,12 +1308,6 @@ class Watchdog:
         if kill and process is not None:
             process.kill()
 
-    def join(self, timeout: Optional[float] = None) -> bool:
-        """Waits for the watchdog's end; True when it has ended."""
-        if self._thread.ident is not None:
-            self._thread.join(timeout)
-        return not self._thread.is_alive()
-
     def reconfigure(self, config: EngineConfig, drain_timeout: float) -> bool:
         """Takes a new section; the engine is restarted if it changed. Returns whether it did."""
         with self._lock:
@@ -1350,6 +1355,7 @@ class Watchdog:
         finally:
             if self._process:
                 self._process.kill()
+            self.ended.set()
             self._listener.watchdog_ended()
 
     def _one_life(self) -> None:
@@ -1415,7 +1421,7 @@ class Watchdog:
             if time.monotonic() - heard > self._config.start_timeout:
                 process.kill()
                 process.exited.wait(5)
-                raise StartError('the engine gave no sign of life for %g s while starting: %s%s'
+                raise StartError('the engine gave no sign of life for %g s while starting (engine.start_timeout): %s%s'
                                  % (self._config.start_timeout, self._what_was_missing(status), last_words(process)))
             self._news.wait(pause)
             self._news.clear()
@@ -3374,6 +3380,10 @@ LINGER_PAUSE, LINGER_TOTAL = 5.0, 30.0      # seconds; nginx's lingering_timeout
 FORGIVEN = b'\r\n'                          # an empty line before a request; RFC 9112, section 2.2
 
 
+def body_too_large(server: ServerConfig) -> GatewayError:
+    return GatewayError('body_too_large', 'the request body is larger than %d bytes (server.max_body)' % server.max_body)
+
+
 class RequestReader:
     """Reads requests off a client's connection, within all limits."""
 
@@ -3505,10 +3515,6 @@ class RequestReader:
                 pass
         except socket.timeout:
             pass
-
-
-def body_too_large(server: ServerConfig) -> GatewayError:
-    return GatewayError('body_too_large', 'the request body is larger than %d bytes (server.max_body)' % server.max_body)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4250,14 +4256,6 @@ def demo_config(config: Config, port: int) -> Config:
 # Gateway
 
 
-def say(text: str) -> None:
-    """A plain sentence for the person at the terminal."""
-    try:
-        print(text, flush=True)
-    except (OSError, ValueError, AttributeError):
-        pass        # nobody there
-
-
 class Notifier:
     """Tells systemd (sd_notify) where NOTIFY_SOCKET says; nothing where it does not."""
 
@@ -4391,7 +4389,7 @@ class Gateway(GatewayParts, WatchdogListener):
             elif name in ('SIGTERM', 'SIGINT'):
                 return self._drain_and_stop(name)
             elif name == 'failed':
-                sys.stderr.write('gollama: %s\n' % detail)
+                say('gollama: ' + detail, sys.stderr)
                 return 1
 
     def _drain_and_stop(self, why: str) -> int:
@@ -4408,10 +4406,10 @@ class Gateway(GatewayParts, WatchdogListener):
         self.watchdog.stop(kill)
         if not kill:
             say('stopping the engine')
-            kill = not self._wait_until(lambda: self.watchdog.join(0), Deadline(math.inf))
+            kill = not self._wait_until(self.watchdog.ended.is_set, Deadline(math.inf))
             if kill:
                 self.watchdog.stop(kill)
-        self.watchdog.join(self.CUT_SHOWS_WITHIN if kill else None)
+        self.watchdog.ended.wait(self.CUT_SHOWS_WITHIN if kill else None)
         self._wait_until(lambda: not self.connections.busy, Deadline(0 if kill else self.CUT_SHOWS_WITHIN))
         say('stopped')
         log.info('stopped')
@@ -4428,7 +4426,7 @@ class Gateway(GatewayParts, WatchdogListener):
         self._server.shutdown()
         self._server.server_close()
         self.watchdog.stop(kill=True)
-        self.watchdog.join(5)
+        self.watchdog.ended.wait(5)
         self.relay.close()
         self.relay.join(1)
         self.upstream.pool.expire(-1)
@@ -4555,7 +4553,7 @@ def config_loader(path: Optional[str], demo: bool) -> Callable[[], Config]:
 
 def complain(problems: Sequence[str]) -> None:
     for problem in problems:
-        sys.stderr.write('gollama: %s\n' % problem)
+        say('gollama: ' + problem, sys.stderr)
 
 
 STACK_SIZE = 1024 * 1024    # bytes of address space for each thread; only what is touched is memory
