@@ -70,8 +70,6 @@ import io
 import ipaddress
 import itertools
 import json
-import logging
-import logging.handlers
 import math
 import os
 import platform
@@ -89,6 +87,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import urllib.parse
 from typing import (Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NoReturn, Optional,
                     Sequence, Set, TextIO, Tuple, Type, Union)
@@ -641,11 +640,11 @@ def masked(command: Sequence[str]) -> str:
 
 # ---------------------------------------------------------------------------------------------
 # Logging
+#
+# Not the logging module: with two handlers it costs 30 us a line, this 8, and there is a line a
+# request. A line is one write by the thread that has something to say.
 
-log = logging.getLogger('gollama')
-engine_log = logging.getLogger('gollama.engine')
-
-LEVELS = {'debug': logging.DEBUG, 'info': logging.INFO, 'warn': logging.WARNING, 'error': logging.ERROR}
+DEBUG, INFO, WARN, ERROR = LEVELS = ('debug', 'info', 'warn', 'error')
 _PLAIN = re.compile(r'[!#-<>-~]+')      # visible ASCII without the quote and the equals sign
 PIPE_BUF = 4096         # bytes; what poll promises a pipe has room for
 
@@ -660,38 +659,15 @@ def _escaped(char: str) -> str:
 
 def logfmt_value(value: object) -> str:
     """A value as Go's slog text handler writes it: quoted and escaped where it is not one plain word."""
-    if value is None or isinstance(value, bool):
+    if value is None or value is True or value is False:
         return json.dumps(value)
     text = str(value)
     return text if _PLAIN.fullmatch(text) else '"%s"' % ''.join(map(_escaped, text))
 
 
-class LogfmtFormatter(logging.Formatter):
-    """time=… level=… msg=… and then the fields: `log.info('engine ready', {'pid': 4121})`."""
-
-    LEVEL_NAMES = {logging.WARNING: 'WARN'}
-    _second: Tuple[int, str, str] = (-1, '', '')    # replaced as a whole, so that threads may race for it
-
-    def formatTime(self, record: logging.LogRecord, datefmt: Optional[str] = None) -> str:
-        second, prefix, zone = self._second
-        if int(record.created) != second:
-            second, local = int(record.created), time.localtime(record.created)
-            offset = time.strftime('%z', local) or '+0000'
-            prefix, zone = time.strftime('%Y-%m-%dT%H:%M:%S', local), offset[:3] + ':' + offset[3:]
-            self._second = (second, prefix, zone)
-        return '%s.%03d%s' % (prefix, record.msecs, zone)
-
-    def format(self, record: logging.LogRecord) -> str:
-        line: Optional[str] = getattr(record, 'logfmt', None)      # one record, two handlers: format once
-        if line is None:
-            parts = ['time=%s level=%s msg=%s' % (self.formatTime(record), self.LEVEL_NAMES.get(record.levelno, record.levelname),
-                                                  logfmt_value(record.msg))]
-            if isinstance(record.args, Mapping):
-                parts += ['%s=%s' % (name, logfmt_value(value)) for name, value in record.args.items()]
-            if record.exc_info:
-                parts.append('traceback=%s' % logfmt_value(self.formatException(record.exc_info)))
-            line = record.logfmt = ' '.join(parts)
-        return line
+def logfmt(fields: Mapping[str, object]) -> str:
+    """`name=value` pairs."""
+    return ' '.join(['%s=%s' % (name, value if type(value) in (int, float) else logfmt_value(value)) for name, value in fields.items()])
 
 
 def write_now(fd: int, data: bytes) -> bool:
@@ -718,95 +694,138 @@ def say(text: str, file: Optional[TextIO] = None) -> None:
         write_now(file.fileno(), (text + '\n').encode('utf-8', 'backslashreplace'))
 
 
-class StderrHandler(logging.Handler):
-    """Lines on stderr that never make the gateway wait: what it does not take is dropped and counted."""
-
-    def __init__(self, fd: int) -> None:
-        super().__init__()
-        self._fd = fd
-        self._dropped = 0
-        # a file takes everything, and need not be asked
-        self._write: Callable[[int, bytes], int] = os.write if stat.S_ISREG(os.fstat(fd).st_mode) else write_now
-
-    def emit(self, record: logging.LogRecord) -> None:
-        data = (self.format(record) + '\n').encode('utf-8', 'backslashreplace')
-        try:
-            if self._dropped and self._write(self._fd, b'msg="log lines dropped, stderr took none" count=%d\n' % self._dropped):
-                self._dropped = 0
-            if not self._write(self._fd, data):
-                self._dropped += 1
-        except OSError:
-            self._dropped += 1
+def unused_name(stem: str, extension: str) -> str:
+    """A file name that does not exist yet."""
+    names = itertools.chain([stem + extension], ('%s.%d%s' % (stem, n, extension) for n in itertools.count(1)))
+    return next(name for name in names if not os.path.exists(name))
 
 
-class LogFile(logging.handlers.BaseRotatingHandler):
-    """The log file, rotated to NAME-<UTC time>.EXT beside it. What cannot be written is dropped and counted."""
+class LogFile:
+    """The log file: appended to, and rotated to NAME-<UTC time>.EXT beside it."""
 
     def __init__(self, path: str, max_bytes: float, max_age: float) -> None:
-        super().__init__(path, 'a', encoding='utf-8')
-        self._max_bytes, self._max_age = max_bytes, max_age     # bytes, seconds
-        self._size = os.fstat(self.stream.fileno()).st_size
-        self._complained = False
+        """`max_age` in seconds. Raises OSError."""
+        self._path = os.path.abspath(os.path.expanduser(path))
+        self._max_bytes, self._max_age = max_bytes, max_age
+        self._lock = threading.Lock()       # held while the file is changed for another
+        self._fd = self._open()
+        self._size = os.fstat(self._fd).st_size
 
-    def shouldRollover(self, record: logging.LogRecord) -> bool:
-        added = len(self.format(record)) + 1
-        full = 0 < self._size and self._size + added > self._max_bytes
-        self._size += added
-        return full
+    def _open(self) -> int:
+        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
 
-    def doRollover(self) -> None:
-        if self.stream:
-            self.stream.close()
-            self.stream = None      # type: ignore[assignment]  # FileHandler.emit opens it again
-        self._size = 0
-        if not stat.S_ISREG(os.stat(self.baseFilename).st_mode):
-            return      # a device or a pipe
-        stem, extension = os.path.splitext(self.baseFilename)
-        stamp = time.strftime('%Y%m%dT%H%M%S', time.gmtime())
-        target, again = '%s-%s%s' % (stem, stamp, extension), 1
-        while os.path.exists(target):
-            target, again = '%s-%s.%d%s' % (stem, stamp, again, extension), again + 1
-        os.rename(self.baseFilename, target)
-        self._delete_old(stem, extension)
+    def write(self, data: bytes) -> None:
+        """Raises OSError."""
+        if self._size and self._size + len(data) > self._max_bytes:
+            self._rotate()
+        self._size += os.write(self._fd, data)      # to the end, whoever else writes: O_APPEND
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def _rotate(self) -> None:
+        with self._lock:
+            if self._size < self._max_bytes / 2 or not stat.S_ISREG(os.fstat(self._fd).st_mode):
+                return      # another thread was first; or it is a device
+            self._size = 0
+            stem, extension = os.path.splitext(self._path)
+            target = unused_name('%s-%s' % (stem, time.strftime('%Y%m%dT%H%M%S', time.gmtime())), extension)
+            os.rename(self._path, target)
+            fd = self._open()
+            os.dup2(fd, self._fd, inheritable=False)    # the number stays, so nobody writes to a closed file
+            os.close(fd)
+            self._delete_old(stem, extension)
 
     def _delete_old(self, stem: str, extension: str) -> None:
         folder, name = os.path.split(stem)
         rotated = re.compile(re.escape(name) + r'-\d{8}T\d{6}(\.\d+)?' + re.escape(extension))
-        for entry in os.scandir(folder or '.'):
+        for entry in os.scandir(folder):
             if rotated.fullmatch(entry.name) and entry.stat().st_mtime < time.time() - self._max_age:
                 os.unlink(entry.path)
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        if not self._complained and sys.stderr is not None:
-            self._complained = True
+
+class Log:
+    """`key=value` lines on stderr and in a file. What cannot be written is dropped and counted, and stops nothing."""
+
+    def __init__(self) -> None:
+        self._level = LEVELS.index(INFO)
+        self._file: Optional[LogFile] = None
+        self._stderr: Optional[Callable[[bytes], object]] = None
+        self._second: Tuple[int, str, str] = (-1, '', '')       # replaced as a whole, so threads may race for it
+        self._dropped = 0
+        self._complained = False
+
+    def configure(self, config: LoggerConfig) -> None:
+        """Opens the file (anew, so that a reload follows a moved one). Raises OSError; then nothing has changed."""
+        file = LogFile(config.log_path, config.max_size * 1024 ** 2, config.max_age * 86400) if config.log_path else None
+        former, self._file = self._file, file
+        self._complained = False
+        self._level = LEVELS.index(config.log_level)
+        if sys.stderr is not None and self._stderr is None:
+            fd = sys.stderr.fileno()        # a file takes everything, and need not be asked
+            self._stderr = functools.partial(os.write if stat.S_ISREG(os.fstat(fd).st_mode) else write_now, fd)
+        if former:
+            former.close()
+
+    def shows(self, level: str) -> bool:
+        return LEVELS.index(level) >= self._level
+
+    def event(self, level: str, message: str, fields: Mapping[str, object]) -> None:
+        """One event is one line, whatever a client or the engine sends."""
+        if LEVELS.index(level) < self._level:
+            return
+        line = 'time=%s level=%s msg=%s' % (self._time(), level.upper(), logfmt_value(message))
+        data = ((line + ' ' + logfmt(fields) if fields else line) + '\n').encode('utf-8', 'backslashreplace')
+        if self._stderr:
+            self._to_stderr(self._stderr, data)
+        if self._file:
             try:
-                os.write(sys.stderr.fileno(), b'msg="the log file cannot be written; going on without it" error="%s"\n'
-                         % str(sys.exc_info()[1]).replace('"', "'").encode())
-            except (OSError, ValueError):
-                pass
+                self._file.write(data)
+            except OSError as error:
+                self._complain(error)
+
+    def debug(self, message: str, **fields: object) -> None:
+        self.event(DEBUG, message, fields)
+
+    def info(self, message: str, **fields: object) -> None:
+        self.event(INFO, message, fields)
+
+    def warn(self, message: str, **fields: object) -> None:
+        self.event(WARN, message, fields)
+
+    def error(self, message: str, **fields: object) -> None:
+        self.event(ERROR, message, fields)
+
+    def exception(self, message: str, **fields: object) -> None:
+        """An error with the traceback of the exception that is being handled."""
+        self.error(message, **fields, traceback=traceback.format_exc())
+
+    def _time(self) -> str:
+        now = time.time()
+        second, prefix, zone = self._second
+        if int(now) != second:
+            second, local = int(now), time.localtime(now)
+            offset = time.strftime('%z', local) or '+0000'
+            prefix, zone = time.strftime('%Y-%m-%dT%H:%M:%S', local), offset[:3] + ':' + offset[3:]
+            self._second = (second, prefix, zone)
+        return '%s.%03d%s' % (prefix, now % 1 * 1000, zone)
+
+    def _to_stderr(self, write: Callable[[bytes], object], data: bytes) -> None:
+        try:
+            if self._dropped and write(b'msg="log lines dropped, stderr took none" count=%d\n' % self._dropped):
+                self._dropped = 0
+            if not write(data):
+                self._dropped += 1
+        except OSError:
+            self._dropped += 1
+
+    def _complain(self, error: OSError) -> None:
+        if not self._complained:
+            self._complained = True
+            say('gollama: the log file cannot be written, going on without it: %s' % error, sys.stderr)
 
 
-def setup_logging(config: LoggerConfig) -> None:
-    """(Re)builds the log's handlers; the file is opened anew, so that a reload follows a moved file.
-
-    Raises OSError where the file cannot be opened; the former handlers are then still in place.
-    """
-    handlers: List[logging.Handler] = []
-    if sys.stderr is not None:
-        handlers.append(StderrHandler(sys.stderr.fileno()))
-    if config.log_path:
-        handlers.append(LogFile(os.path.expanduser(config.log_path), config.max_size * 1024 ** 2, config.max_age * 86400))
-    formatter = LogfmtFormatter()
-    for handler in handlers:
-        handler.setFormatter(formatter)
-    former, log.handlers = log.handlers, handlers
-    log.setLevel(LEVELS[config.log_level])
-    log.propagate = False
-    # The logging HOWTO's section "Optimization": nobody reads these, and each line would pay for them.
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    logging._srcfile = None     # type: ignore[attr-defined]
-    for handler in former:
-        handler.close()
+log = Log()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1023,8 +1042,8 @@ class EngineProcess:
         self._tail.append(line)
         if not self.saw_ready_line and self._config.ready_pattern.search(line):
             self.saw_ready_line = True
-        if engine_log.isEnabledFor(logging.DEBUG):
-            engine_log.debug('engine', {'line': line[:LINE_LIMIT // 2]})
+        if log.shows(DEBUG):
+            log.debug('engine', line=line[:LINE_LIMIT // 2])
 
     def _reap(self) -> None:
         if hasattr(os, 'waitid'):
@@ -1396,7 +1415,7 @@ class Watchdog:
         except (OSError, ConfigError) as error:
             raise StartError('the engine cannot start: %s' % error) from None
         self._process = process
-        log.info('engine starting', {'pid': process.pid, 'command': masked(engine_command(self._config))})
+        log.info('engine starting', pid=process.pid, command=masked(engine_command(self._config)))
         self._listener.engine_changed(EngineState.STARTING, 'pid %d' % process.pid)
 
     def _await_ready(self) -> bool:
@@ -1463,7 +1482,7 @@ class Watchdog:
                 if not self._engaged or drained.expired:
                     return EngineState.STOPPING, 'reload'
             if self._is_hung(process):
-                log.error('engine hung: no byte of an answer and no line of output', {'pid': process.pid, 'seconds': self._config.hang_timeout})
+                log.error('engine hung: no byte of an answer and no line of output', pid=process.pid, seconds=self._config.hang_timeout)
                 return EngineState.HUNG, 'hung'
             pause = drained.remaining() if drained else math.inf
             if self._config.hang_timeout:
@@ -1500,7 +1519,7 @@ class Watchdog:
         if self._process:
             self._process.terminate(self._config.stop_timeout)
             self._last_exit = self._process.exit_phrase
-            log.info('engine stopped', {'pid': self._process.pid, 'exit': self._last_exit})
+            log.info('engine stopped', pid=self._process.pid, exit=self._last_exit)
 
     def _pause(self) -> None:
         """The backoff; a stop or a reload ends it."""
@@ -1519,9 +1538,9 @@ class Watchdog:
                 raise AssertionError('no transition from %s to %s' % (self._state, new))
             self._state, self._since = new, time.monotonic()
         self._wake_waiting()
-        level = logging.WARNING if new in (EngineState.DIED, EngineState.HUNG) else logging.INFO
+        level = WARN if new in (EngineState.DIED, EngineState.HUNG) else INFO
         if new is not EngineState.STARTING:      # told with its pid and command once it has them
-            log.log(level, 'engine ' + new.value, fields)
+            log.event(level, 'engine ' + new.value, fields)
             self._listener.engine_changed(new, detail)
 
 
@@ -1706,6 +1725,21 @@ class AnswerHead:
         self.event_stream = fields.get(b'content-type', b'').lower().startswith(b'text/event-stream')
 
 
+CACHED_HEAD = 1024      # bytes; a kept connection repeats its heads, and reading one costs more than looking it up
+_cached_answer_head = functools.lru_cache(maxsize=64)(AnswerHead)
+_cached_request_head = functools.lru_cache(maxsize=256)(RequestHead)
+
+
+def parse_answer_head(head: bytes) -> AnswerHead:
+    """Raises Malformed."""
+    return _cached_answer_head(head) if len(head) <= CACHED_HEAD else AnswerHead(head)
+
+
+def parse_request_head(head: bytes) -> RequestHead:
+    """Raises Malformed."""
+    return _cached_request_head(head) if len(head) <= CACHED_HEAD else RequestHead(head)
+
+
 def nominated(names: Sequence[bytes], headers: Headers) -> Set[bytes]:
     """The header names that Connection makes hop-by-hop."""
     return {option.strip().lower() for name, (_, value) in zip(names, headers) if name == b'connection' for option in value.split(b',')}
@@ -1716,6 +1750,9 @@ def passed_on(names: Sequence[bytes], headers: Headers, dropped: FrozenSet[bytes
     if b'connection' in names:
         dropped = dropped | nominated(names, headers)
     return [b'%s: %s' % header for name, header in zip(names, headers) if name not in dropped]
+
+
+END_OF_CHUNKS = b'0\r\n\r\n'
 
 
 def chunk(payload: bytes) -> bytes:
@@ -1767,8 +1804,8 @@ class BodyUntilClose(BodyFollower):
 class BodyByLength(BodyFollower):
     """A body of an announced length."""
 
-    def __init__(self, length: int) -> None:
-        super().__init__()
+    def __init__(self, length: int, collect: bool = False) -> None:
+        super().__init__(collect)
         self._left = length
         self.done = not length
 
@@ -1794,78 +1831,67 @@ class ChunkedBody(BodyFollower):
         self.announced = 0      # payload bytes of all chunks whose size is known
 
     def feed(self, data: bytes) -> bytes:
+        """One round a chunk, and a fast engine sends hundreds of them in a piece: hence one flat loop."""
         if self._held:
             data, self._held = self._held + data, b''
-        at, end = 0, len(data)
-        first, last = 0, 0      # where the payload that came last begins and ends
+        left, payload, at, end = self._left, self.payload, 0, len(data)
+        first = last = 0        # where the payload that came last begins and ends
         while at < end:
-            if not self._left:
-                size, start = self._size_at(data, at)
-                if size is None:
-                    self._held, data = data[at:], data[:at]
+            start = at
+            if not left:
+                line = data.find(b'\r\n', at, at + CHUNK_LINE)
+                if line < 0:
+                    data = self._hold(data, at, CHUNK_LINE)
                     break
+                size = parse_chunk_size(data[at:line])
                 if not size:
-                    data, at = self._end_at(data, at, start)
+                    data = self._last_chunk(data, at, line + 2)
                     break
                 self.announced += size
-                self._left, at = size + 2, start
-            first, last, at = self._payload_at(data, at, end)
+                start, left = line + 2, size + 2
+            at = start + left
+            if at <= end:
+                first, last, left = start, at - 2, 0
+                if data[last:at] != b'\r\n' and not (at == start + 1 and data[start] == 10):
+                    raise Malformed('a chunk is longer than its size')
+            else:
+                first, last, left = start, min(at - 2, end), at - end
+                if left == 1 and data[-1] != 13:
+                    raise Malformed('a chunk is longer than its size')
+            if payload is not None and last > first:
+                payload.append(data[first:last])
+        self._left = left
         if last > first:
             self.tail = (self.tail + data[max(first, last - 4):last])[-4:]
         return data
 
-    def _size_at(self, data: bytes, at: int) -> Tuple[Optional[int], int]:
-        """(size, where the payload starts), or (None, at) while the line is not there whole."""
-        end = data.find(b'\r\n', at, at + CHUNK_LINE)
-        if end < 0:
-            if len(data) - at >= CHUNK_LINE or _NOT_IN_A_HEAD.search(data, at):
-                raise Malformed('a chunk size is malformed')
-            return None, at
-        return parse_chunk_size(data[at:end]), end + 2
+    def _hold(self, data: bytes, at: int, limit: int) -> bytes:
+        """Keeps what is not a whole line yet; returns what comes before."""
+        if len(data) - at >= limit or _NOT_IN_A_HEAD.search(data, at):
+            raise Malformed('a chunk size or a trailer is malformed')
+        self._held = data[at:]
+        return data[:at]
 
-    def _payload_at(self, data: bytes, at: int, end: int) -> Tuple[int, int, int]:
-        """Passes over one chunk, as far as it is there. Returns where its payload begins and ends, and what follows."""
-        stop = at + self._left
-        last = stop - 2
-        if stop <= end:
-            if data[max(last, at):stop] != b'\r\n'[-self._left:]:
-                raise Malformed('a chunk is longer than its size')
-            self._left = 0
-        else:
-            self._left = stop - end
-            if self._left == 1 and data[-1:] != b'\r':
-                raise Malformed('a chunk is longer than its size')
-            stop, last = end, min(last, end)
-        if self.payload is not None and last > at:
-            self.payload.append(data[at:last])
-        return at, last, stop
-
-    def _end_at(self, data: bytes, at: int, start: int) -> Tuple[bytes, int]:
-        """The last chunk and its trailers: held until they are whole; the trailers are dropped."""
-        if data.startswith(b'\r\n', start):
-            stop = start + 2
-        else:
-            stop = data.find(b'\r\n\r\n', start) + 4
-            if stop < 4:
-                if len(data) - start > HEAD_LENGTH or _NOT_IN_A_HEAD.search(data, start):
-                    raise Malformed('a trailer is malformed')
-                self._held = data[at:]
-                return data[:at], at
-            parse_headers(data[start:stop - 2])
+    def _last_chunk(self, data: bytes, at: int, start: int) -> bytes:
+        """The end mark is held until it is whole; trailers are dropped."""
+        stop = start + 2 if data.startswith(b'\r\n', start) else data.find(b'\r\n\r\n', start) + 4
+        if stop < 4:
+            return self._hold(data, at, HEAD_LENGTH)
+        parse_headers(data[start:max(start, stop - 2)])
         self.done = True
         self.excess = data[stop:]
-        return data[:at] + b'0\r\n\r\n', at
+        return data[:at] + END_OF_CHUNKS
 
     def insert(self, event: bytes) -> bytes:
         """Within an unfinished chunk its announced size has to be filled first: the receiver counts."""
         room = self._left - 2
         if room <= 0:
-            return b'\r\n'[len(b'\r\n') - self._left:] + chunk(event) if self._left else chunk(event)
+            return b'\r\n'[2 - self._left:] + chunk(event)
         if room < len(event):
             return event[:room] + b'\r\n' + chunk(event[room:])
         if room - len(event) > HEAD_LENGTH:
             return event        # not worth filling; it is seen by whoever reads as it arrives
-        filler = room - len(event)      # an SSE comment, or single line ends
+        filler = room - len(event)      # an SSE comment, or a line end
         return event + (b':' + b' ' * (filler - 2) + b'\n' if filler > 1 else b'\n' * filler) + b'\r\n'
 
 
@@ -1957,7 +1983,7 @@ class Exchange(Waiter):
 
     __slots__ = ('connection', 'relay', 'id', 'client', 'method', 'path', 'started', 'queue_seconds', 'first_byte', 'status', 'outcome',
                  'sent', 'tokens', 'prompt_tokens', 'counted', 'well_answered', 'head_sent', 'gone', 'refusal', 'watched',
-                 'arrived', 'finished', 'heartbeat', '_lock', '_event', '_engine')
+                 'arrived', 'heard', 'finished', 'heartbeat', '_lock', '_event', '_engine')
 
     def __init__(self, connection: ClientConnection, relay: 'Relay', request_id: str) -> None:
         self.connection = connection
@@ -1979,6 +2005,7 @@ class Exchange(Waiter):
         self.head_sent = False                      # the commit point: what follows cannot be another answer
         self.held_up = False
         self.watched = False
+        self.heard: Optional[Callable[[], None]] = None     # told of each sign of life of the engine, where somebody wants to know
         self.heartbeat: Optional[Callable[[], float]] = None    # sends one where it is due, returns seconds to the next
         # _lock guards what follows: decided under it, a cancel never hits a connection that is no longer ours.
         self._lock = threading.Lock()
@@ -2101,6 +2128,11 @@ def finished_event(tail: bytes) -> bytes:
     return b'\n' if tail.endswith(b'\n') else b'\n\n'
 
 
+def only_comments(payload: bytes) -> bool:
+    """Whether a piece of an SSE stream says nothing."""
+    return all(line.startswith(b':') for line in payload.split(b'\n') if line.strip())
+
+
 class Stream:
     """An answer on its way from the engine to a client. Once posted, it belongs to the relay's thread.
 
@@ -2108,48 +2140,47 @@ class Stream:
     or 'encode' (chunks are made, of a body that ends with its connection).
     """
 
-    __slots__ = ('exchange', 'engine', 'client', 'body', 'translate', 'event_stream', 'heard', 'recent', 'result', 'fault', '_relay',
-                 '_pending', '_ending')
+    __slots__ = ('exchange', 'engine', 'client', 'body', 'translate', 'event_stream', 'result', 'fault', 'pending', '_relay', '_recent', '_ending')
 
-    RECENT = 2048       # bytes kept of the end of a stream, for usage and errors
+    RECENT = 2048       # bytes, at most, of each of the last pieces, kept for usage and errors
 
-    def __init__(self, exchange: Exchange, engine: socket.socket, body: BodyFollower, translate: str, event_stream: bool,
-                 heard: Optional[Callable[[], None]]) -> None:
+    def __init__(self, exchange: Exchange, engine: socket.socket, body: BodyFollower, translate: str, event_stream: bool) -> None:
         self.exchange = exchange
         self.engine = engine
         self.client = exchange.connection.sock
         self.body = body
         self.translate = translate
         self.event_stream = event_stream
-        self.heard = heard              # told of each sign of life, where somebody wants to know
-        self.recent = b''
         self.result = ''                # 'ok', 'truncated' or 'cancelled' when it is over
         self.fault = ''                 # why it was truncated
+        self.pending = b''              # what the client did not take yet; the engine's side rests meanwhile
         self._relay = exchange.relay
-        self._pending = b''             # what the client did not take yet
-        self._ending = ''               # the result, once _pending has left
+        self._recent: Deque[bytes] = collections.deque(maxlen=8)
+        self._ending = ''               # the result, once `pending` has left
+
+    @property
+    def recent(self) -> bytes:
+        """The end of what has passed."""
+        return b''.join(self._recent)
 
     def digest(self, data: bytes) -> bytes:
         """What the client gets for bytes of the engine's. Raises Malformed."""
         out = self.body.feed(data)
-        if self.heard or self.translate != 'raw':
+        if self.body.payload is not None or self.translate != 'raw':
             out = self._translated(out)
-        self.recent = (self.recent + out)[-self.RECENT:] if len(out) < self.RECENT else out[-self.RECENT:]
-        if self.body.done and self.translate == 'encode':
-            out += b'0\r\n\r\n'
+        self._recent.append(out if len(out) <= self.RECENT else out[-self.RECENT:])
+        self.exchange.sent += len(out)
         return out
 
     def _translated(self, out: bytes) -> bytes:
         payload = self.body.take_payload() if self.body.payload is not None else out
-        if self.heard and payload.strip() and not all(line.startswith(b':') for line in payload.split(b'\n') if line.strip()):
-            self.heard()
-        if self.translate == 'raw':
-            return out
-        if self.translate == 'decode':
-            return payload
-        return chunk(payload) if payload else b''
+        if self.exchange.heard and not only_comments(payload):
+            self.exchange.heard()
+        if self.translate == 'encode':
+            return (chunk(payload) if payload else b'') + (END_OF_CHUNKS if self.body.done else b'')
+        return payload if self.translate == 'decode' else out
 
-    def on_engine(self) -> None:
+    def on_engine(self, events: int) -> None:
         """The engine's socket is readable."""
         try:
             data = self.engine.recv(RECV_SIZE)
@@ -2157,78 +2188,68 @@ class Stream:
             return
         except OSError:
             data = b''
-        if not data:
-            return self._engine_closed()
         try:
-            out = self.digest(data)
+            if data:
+                out = self.digest(data)
+            else:
+                self.body.end_of_file()
+                if not self.body.done:
+                    raise Malformed('it hung up')
+                out = END_OF_CHUNKS if self.translate == 'encode' else b''
         except Malformed as error:
             return self._break(str(error))
-        self._send(out)
-        if self.body.done:
-            self._end('ok')
+        self._send(out, 'ok' if self.body.done else '')
 
-    def _send(self, out: bytes) -> None:
-        self.exchange.sent += len(out)
-        if self._pending:
-            self._pending += out
-            return
+    def _send(self, out: bytes, result: str) -> None:
+        """Passes bytes on; with a result, they are the last."""
         try:
-            taken = self.client.send(out) if out else 0
+            taken = self.client.send(out) if out and not self.pending else 0
         except _WOULD_BLOCK:
             taken = 0
         except OSError:
             return self._relay.end(self, 'cancelled')
-        if taken < len(out):
-            self._pending = out[taken:]
-            self.exchange.held_up = True
+        self._ending = result
+        if taken < len(out) or self.pending:
+            self.pending += out[taken:]
             self._relay.hold(self)
-
-    def _engine_closed(self) -> None:
-        self.body.end_of_file()
-        if not self.body.done:
-            return self._break('it hung up')
-        if self.translate == 'encode':
-            self._send(b'0\r\n\r\n')
-        self._end('ok')
+        elif result:
+            self._relay.end(self, result)
 
     def _break(self, why: str) -> None:
         """The engine cannot finish: the client is told by an error event, and by the end mark that never comes."""
         self.fault = why
-        if self.event_stream and not self.exchange.gone:
+        event = b''
+        if self.event_stream:
             code = self.exchange.cut or 'engine_failed'
             text = 'the gateway is shutting down' if code == 'shutting_down' else 'the engine broke off in the middle of the answer'
             event = finished_event(self.body.tail) + b'data: ' + GatewayError(code, text).body() + b'\n\n'
-            self._send({'raw': self.body.insert, 'encode': chunk, 'decode': bytes}[self.translate](event))
-        self._end('truncated')
+            event = {'raw': self.body.insert, 'encode': chunk, 'decode': bytes}[self.translate](event)
+        self._send(event, 'truncated')
 
-    def _end(self, result: str) -> None:
-        if self._pending:
-            self._ending = result
-            self._relay.hold(self)
-        elif not self.result:
-            self._relay.end(self, result)
-
-    def on_client(self, writable: bool) -> None:
-        """The client's socket is readable, or writable again."""
-        if writable and self._pending:
+    def on_client(self, events: int) -> None:
+        """The client's socket is readable (it leaves, or pipelines), or takes bytes again."""
+        if events & selectors.EVENT_WRITE:
             try:
-                self._pending = self._pending[self.client.send(self._pending):]
+                self.pending = self.pending[self.client.send(self.pending):]
             except _WOULD_BLOCK:
-                pass
+                return
             except OSError:
                 return self._relay.end(self, 'cancelled')
-            if self._pending:
-                self._relay.hold(self)
+            if self.pending:
+                self._relay.hold(self)      # some progress: write_timeout begins anew
             elif self._ending:
-                return self._relay.end(self, self._ending)
+                self._relay.end(self, self._ending)
             else:
-                self.exchange.held_up = False
                 self._relay.resume(self)
         elif not self.exchange.read_ahead():
             if self.exchange.gone:
                 self._relay.end(self, 'cancelled')
             else:
                 self._relay.stop_reading(self)
+
+
+def on_nothing(events: int) -> None:
+    """The callback of a socket that is not registered."""
 
 
 class Relay(threading.Thread):
@@ -2243,7 +2264,7 @@ class Relay(threading.Thread):
     def __init__(self) -> None:
         super().__init__(name='relay', daemon=True)
         self._selector = selectors.DefaultSelector()
-        self._mail: Deque[Tuple[Callable[..., None], Any]] = collections.deque()
+        self._mail: Deque[Tuple[Callable[[Any], None], Any]] = collections.deque()
         self._waker, self._wakened = socket.socketpair()
         self._waker.setblocking(False)
         self._wakened.setblocking(False)
@@ -2254,7 +2275,7 @@ class Relay(threading.Thread):
 
     # -- for others
 
-    def post(self, what: Callable[..., None], argument: Any, wake: bool = True) -> None:
+    def post(self, what: Callable[[Any], None], argument: Any, wake: bool = True) -> None:
         """Has `what(argument)` done by the relay's thread, in order; at its next occasion, where `wake` is false."""
         self._mail.append((what, argument))
         if wake and self._asleep:
@@ -2270,65 +2291,45 @@ class Relay(threading.Thread):
     # -- its own thread
 
     def run(self) -> None:
-        self._selector.register(self._wakened, self.READ, self._drain_waker)
+        self._set(self._wakened, self.READ, lambda events: self._wakened.recv(4096))
         while not self._closed:
-            for key, events in self._selector.select(self._patience()):
-                self._guarded(key.data, events)
+            for key, events in self._selector.select(self._patience() if self._held else None):
+                self._do(key.data, events)
             if self._held:
                 self._end_stalled()
-            self._take_mail()
+            self._asleep = True     # before the box is emptied: a letter that comes now rings
+            while self._mail:
+                self._do(*self._mail.popleft())
         self._selector.close()
         self._waker.close()
         self._wakened.close()
 
-    def _guarded(self, what: Callable[[Any], None], argument: Any) -> None:
+    @staticmethod
+    def _do(what: Callable[[Any], object], argument: Any) -> None:
         try:
             what(argument)
         except Exception:       # a fault in one stream is not the others'
             log.exception('internal error in the relay')
 
-    def _take_mail(self) -> None:
-        self._asleep = True     # before the box is emptied: a letter that comes now rings
-        while self._mail:
-            what, argument = self._mail.popleft()
-            self._guarded(what, argument)
-
-    def _drain_waker(self, events: int) -> None:
-        try:
-            self._wakened.recv(4096)
-        except OSError:
-            pass
-
     def _patience(self) -> Optional[float]:
-        for deadline in self._held.values():
-            return None if math.isinf(deadline.remaining()) else deadline.remaining()
-        return None
+        """Seconds until the first held stream has to be given up."""
+        seconds = next(iter(self._held.values())).remaining()
+        return None if math.isinf(seconds) else seconds
 
     def _end_stalled(self) -> None:
-        while self._held:
-            stream, deadline = next(iter(self._held.items()))
-            if not deadline.expired:
-                return
+        for stream in [stream for stream, deadline in self._held.items() if deadline.expired]:
             self.end(stream, 'cancelled')
 
     def _close(self, _: None) -> None:
         self._closed = True
 
-    def _set(self, sock: socket.socket, events: int, callback: Callable[[int], None]) -> None:
-        """Registers a socket, or changes what is registered under its number."""
+    def _set(self, sock: socket.socket, events: int, callback: Callable[[int], object]) -> None:
+        """Registers a socket anew (no events: not at all). Its number may stand there for one that was closed."""
         fd = sock.fileno()
-        if fd < 0:
-            return
         if fd in self._selector.get_map():
-            self._forget(fd)
-        if events:
-            self._selector.register(fd, events, callback)
-
-    def _forget(self, fd: int) -> None:
-        try:
             self._selector.unregister(fd)
-        except (KeyError, ValueError):
-            pass
+        if events and fd >= 0:
+            self._selector.register(fd, events, callback)
 
     # -- letters
 
@@ -2336,42 +2337,42 @@ class Relay(threading.Thread):
         """Notices when the client leaves."""
         def on_client(events: int) -> None:
             if not exchange.read_ahead() and not exchange.finished:
-                self._forget(fd)
-        fd = exchange.connection.sock.fileno()
+                self.unwatch(exchange)
         if not exchange.finished:
             self._set(exchange.connection.sock, self.READ, on_client)
 
     def unwatch(self, exchange: Exchange) -> None:
-        """The fd may be closed, and its number used again; its new owner's letter comes later."""
-        self._set(exchange.connection.sock, 0, lambda events: None)
+        self._set(exchange.connection.sock, 0, on_nothing)
 
     def copy(self, stream: Stream) -> None:
         """Copies a stream until its end; its exchange is woken then."""
-        self._set(stream.engine, self.READ, lambda events: stream.on_engine())
-        self._set(stream.client, self.READ, lambda events: stream.on_client(bool(events & self.WRITE)))
+        self._set(stream.engine, self.READ, stream.on_engine)
+        self._set(stream.client, self.READ, stream.on_client)
         if stream.exchange.gone:
             self.end(stream, 'cancelled')
 
     def hold(self, stream: Stream) -> None:
         """The client takes no bytes: the engine's side rests until it does."""
+        stream.exchange.held_up = True
         self._held.pop(stream, None)
         self._held[stream] = Deadline(self.write_timeout)
-        self._set(stream.engine, 0, lambda events: None)
-        self._set(stream.client, self.READ | self.WRITE, lambda events: stream.on_client(bool(events & self.WRITE)))
+        self._set(stream.engine, 0, on_nothing)
+        self._set(stream.client, self.READ | self.WRITE, stream.on_client)
 
     def resume(self, stream: Stream) -> None:
-        self._held.pop(stream, None)
+        stream.exchange.held_up = False
+        del self._held[stream]
         self.copy(stream)
 
     def stop_reading(self, stream: Stream) -> None:
         """The client has pipelined more than is kept: it is only written to."""
-        self._set(stream.client, self.WRITE if stream in self._held else 0, lambda events: stream.on_client(True))
+        self._set(stream.client, self.WRITE if stream.pending else 0, stream.on_client)
 
     def end(self, stream: Stream, result: str) -> None:
         if not stream.result:
             self._held.pop(stream, None)
-            self._set(stream.engine, 0, lambda events: None)
-            self._set(stream.client, 0, lambda events: None)
+            self._set(stream.engine, 0, on_nothing)
+            self._set(stream.client, 0, on_nothing)
             stream.exchange.held_up = False
             stream.result = result
             stream.exchange.wake()
@@ -2682,114 +2683,17 @@ def engine_head(head: RequestHead, body_length: int, request_id: str, config: Co
     return '\r\n'.join(lines).encode() + b'\r\n' + b''.join([line + b'\r\n' for line in passed]) + b'\r\n'
 
 
-class PatientReader(io.RawIOBase):
-    """The engine's bytes for `http.client`. A wait that lasts puts the client under watch first."""
-
-    def __init__(self, sock: socket.socket, exchange: Exchange, heard: Optional[Callable[[], None]]) -> None:
-        self._sock, self._exchange, self._heard = sock, exchange, heard
-        self.waited = False
-        self.exhausted = False      # nothing is read any more
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(self)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> Optional[int]:
-        if self.exhausted:
-            return None
-        try:
-            count = self._sock.recv_into(buffer)
-        except _WOULD_BLOCK:
-            count = self._wait_for(buffer)
-        if count and self._heard:
-            self._heard()
-        return count
-
-    def _wait_for(self, buffer: Any) -> int:
-        self._exchange.watch()
-        self.waited = True
-        while True:
-            heartbeat = self._exchange.heartbeat if self._exchange.head_sent else None
-            set_socket_timeout(self._sock, socket.SO_RCVTIMEO, heartbeat() if heartbeat else math.inf)
-            try:
-                return self._sock.recv_into(buffer)
-            except _WOULD_BLOCK:
-                continue
-
-
-class EngineResponse(http.client.HTTPResponse):
-    """http.client's response with a leaner and stricter head: the e-mail parser is half of a request's CPU."""
-
-    head: AnswerHead
-
-    def __init__(self, reader: PatientReader, method: str) -> None:
-        super().__init__(reader, method=method)     # type: ignore[arg-type]  # all it needs is makefile
-        self._patient = reader
-
-    def begin(self) -> None:
-        """Raises Malformed, and OSError where the engine hung up."""
-        while True:
-            self.head = head = AnswerHead(self._read_head())
-            if head.status >= 200:
-                break
-            if head.status == 101:
-                raise Malformed('it switches protocols')
-        self.version, self.status, self.reason = 11, head.status, head.reason.decode('latin-1')
-        self.chunked, self.length, self.will_close = head.chunked, head.length, head.will_close
-        self.chunk_left = None
-        if self._method == 'HEAD' or head.status in (204, 304):     # type: ignore[attr-defined]
-            self.chunked, self.length = False, 0
-        elif self.length is None and not self.chunked:
-            self.will_close = True
-
-    def _read_head(self) -> bytes:
-        data = self.fp.peek(1)
-        end = data.find(b'\r\n\r\n')
-        if end >= 0:
-            self.fp.read(end + 4)
-            return data[:end + 2]
-        return b''.join(self._head_lines())
-
-    def _head_lines(self) -> Iterator[bytes]:
-        total = 0
-        while total < HEAD_LENGTH:
-            line = self.fp.readline(LINE_LENGTH + 1)
-            if not line.endswith(b'\r\n'):
-                raise Malformed('its head is malformed') if line else ConnectionResetError('it hung up')
-            if line == b'\r\n':
-                return
-            total += len(line)
-            yield line
-        raise Malformed('its head is too large')
-
-    def read_whole(self) -> bytes:
-        """The whole body. Raises http.client.IncompleteRead, OSError."""
-        if self.chunked or self.length is None:
-            self.will_close = True
-            return self.read()
-        body: bytes = self.fp.read(self.length)
-        if len(body) < self.length:
-            raise http.client.IncompleteRead(body, self.length - len(body))
-        self.will_close = self.will_close or bool(self.buffered())
-        return body
-
-    def buffered(self) -> bytes:
-        """What has arrived behind the head already: it has to be taken out before the socket goes to the relay."""
-        self._patient.exhausted = True        # else peek would wait for more where the buffer is empty
-        rest: bytes = self.fp.peek(1)
-        return rest
-
-
 class EngineConnection(http.client.HTTPConnection):
-    """A connection to the engine."""
+    """A connection to the engine. Sends by http.client; reads heads itself, leaner and stricter:
+    the e-mail parser that http.client reads them with is half of a request's CPU.
+    """
 
     def __init__(self, address: Tuple[str, int], generation: int) -> None:
         super().__init__(*address, timeout=10)
         self.generation = generation    # of the engine it leads to
         self.parked = 0.0               # since when it is idle, monotonic
-        self._reader: Optional[PatientReader] = None
+        self.buffer = b''               # received and not yet used
+        self._waited = False
 
     def connect(self) -> None:
         """Raises EngineNotAccepting."""
@@ -2822,17 +2726,62 @@ class EngineConnection(http.client.HTTPConnection):
         except OSError:
             pass
 
-    def receive(self, exchange: Exchange, method: str, heard: Optional[Callable[[], None]]) -> EngineResponse:
-        """The answer's head. Raises Malformed and OSError."""
-        self._reader = PatientReader(self.sock, exchange, heard)
-        response = EngineResponse(self._reader, method)
-        response.begin()
-        return response
+    def receive(self, exchange: Exchange) -> bytes:
+        """Some bytes; a wait that lasts puts the client under watch first. Raises OSError, also at end-of-file."""
+        try:
+            data = self.sock.recv(RECV_SIZE)
+        except _WOULD_BLOCK:
+            data = self._receive_late(exchange)
+        if not data:
+            raise ConnectionResetError('it hung up')
+        if exchange.heard:
+            exchange.heard()
+        return data
+
+    def _receive_late(self, exchange: Exchange) -> bytes:
+        exchange.watch()
+        self._waited = True
+        while True:
+            heartbeat = exchange.heartbeat if exchange.head_sent else None
+            set_socket_timeout(self.sock, socket.SO_RCVTIMEO, heartbeat() if heartbeat else math.inf)
+            try:
+                return self.sock.recv(RECV_SIZE)
+            except _WOULD_BLOCK:
+                continue
+
+    def answer_head(self, exchange: Exchange) -> AnswerHead:
+        """The head of the answer; what came behind it is in `buffer`. Raises Malformed, OSError."""
+        while True:
+            end = self.buffer.find(b'\r\n\r\n')
+            if end >= 0:
+                head = parse_answer_head(self.buffer[:end + 2])
+                self.buffer = self.buffer[end + 4:]
+                if head.status >= 200:
+                    return head
+                if head.status == 101:
+                    raise Malformed('it switches protocols')
+            elif len(self.buffer) > HEAD_LENGTH:
+                raise Malformed('its head is too large')
+            else:
+                self.buffer += self.receive(exchange)
+
+    def whole_body(self, exchange: Exchange, body: BodyFollower) -> bytes:
+        """The payload of a body, when it has arrived whole. Raises Malformed, OSError."""
+        body.feed(self.buffer)
+        while not body.done:
+            try:
+                body.feed(self.receive(exchange))
+            except ConnectionResetError:
+                body.end_of_file()
+                if not body.done:
+                    raise
+        self.buffer = body.excess
+        return body.take_payload()
 
     def make_reusable(self) -> None:
-        if self._reader and self._reader.waited:
+        if self._waited:
+            self._waited = False
             set_socket_timeout(self.sock, socket.SO_RCVTIMEO, RELAY_AFTER)
-        self._reader = None
 
 
 class EnginePool:
@@ -2843,6 +2792,7 @@ class EnginePool:
 
     KEPT = 8
     SECONDS = 3.0
+    FRESH = 0.01        # seconds; whoever has been idle for less is not asked whether it is dead
 
     def __init__(self) -> None:
         self._parked: Deque[EngineConnection] = collections.deque()     # its own operations are atomic
@@ -2853,21 +2803,21 @@ class EnginePool:
                 connection = self._parked.pop()
             except IndexError:
                 return EngineConnection(address, generation)
-            if (connection.generation == generation and time.monotonic() - connection.parked < self.SECONDS
-                    and not connection.is_dead()):
+            idle = time.monotonic() - connection.parked
+            if connection.generation == generation and idle < self.SECONDS and (idle < self.FRESH or not connection.is_dead()):
                 return connection
             connection.close()
 
     def give(self, connection: EngineConnection) -> None:
-        if not hasattr(socket, 'MSG_DONTWAIT'):     # then nobody could tell later whether it is dead
+        if connection.buffer or not hasattr(socket, 'MSG_DONTWAIT'):     # then nobody could tell later whether it is dead
             return connection.close()
         connection.make_reusable()
         connection.parked = time.monotonic()
         self._parked.append(connection)
         if len(self._parked) > self.KEPT:
-            self.expire(0)
+            self.expire(self.SECONDS)
 
-    def expire(self, seconds: float = SECONDS) -> None:
+    def expire(self, seconds: float) -> None:
         """Closes what has been idle for longer, or is too many."""
         now = time.monotonic()
         while self._parked and (len(self._parked) > self.KEPT or now - self._parked[0].parked > seconds):
@@ -2880,21 +2830,26 @@ class EnginePool:
 class EngineAnswer:
     """An answer of the engine's that is sure to be the answer: whole, or a stream whose head is there."""
 
-    def __init__(self, connection: EngineConnection, response: EngineResponse, whole: Optional[bytes]) -> None:
+    def __init__(self, connection: EngineConnection, exchange: Exchange, method: str) -> None:
+        """Raises Malformed, OSError."""
         self.connection = connection
-        self.head = response.head
-        self.whole = whole
-        self.first = response.buffered() if whole is None else b''      # of a stream: what came with the head
-        self.length = response.length
-        self.chunked = response.chunked
-        self.follower(collect=False).feed(self.first)       # garbage is found while a second try is still possible
-        self.reusable = whole is not None and not response.will_close
+        self.head = head = connection.answer_head(exchange)
+        self.length = 0 if method == 'HEAD' or head.status in (204, 304) else head.length
+        self.chunked = head.chunked and self.length != 0
+        self.whole: Optional[bytes] = None
+        if self.length == 0:
+            self.whole = b''
+        elif (exchange.head_sent and not head.event_stream) or self.length is not None and self.length <= WHOLE_ANSWER:
+            self.whole = connection.whole_body(exchange, self.follower(collect=True))
+        else:
+            self.follower(collect=False).feed(connection.buffer)    # garbage is found while a second try is still possible
+        self.reusable = self.whole is not None and not head.will_close
 
     def follower(self, collect: bool) -> BodyFollower:
-        """Follows the body of a stream."""
+        """Follows the body of the answer."""
         if self.chunked:
             return ChunkedBody(collect)
-        return BodyUntilClose(collect) if self.length is None else BodyByLength(self.length)
+        return BodyUntilClose(collect) if self.length is None else BodyByLength(self.length, collect)
 
 
 class Upstream:
@@ -2956,34 +2911,27 @@ class Upstream:
     def _may_try_again(self, exchange: Exchange, kind: TryKind, error: EngineBroke) -> None:
         if exchange.cut == 'shutting_down':
             raise GatewayError('shutting_down', 'the gateway is shutting down; try again soon', 5) from None
-        log.warning('the engine broke a request', {'id': exchange.id, 'try': 2 if kind is TryKind.SECOND else 1, 'error': str(error)})
+        log.warn('the engine broke a request', id=exchange.id, attempt=2 if kind is TryKind.SECOND else 1, error=str(error))
         if kind is TryKind.SECOND:
             raise GatewayError('engine_failed', 'the engine failed on this request twice (%s); it was not tried again' % error) from None
 
     def _try(self, exchange: Exchange, method: str, message: bytes, body: Body, config: Config, generation: int) -> EngineAnswer:
-        heard = self._watchdog.heard_answer if config.engine.hang_timeout else None
+        exchange.heard = self._watchdog.heard_answer if config.engine.hang_timeout else None
         connection = self.pool.take(config.engine.base_url, generation)
         try:
             if connection.sock is None:
                 connection.connect()
             exchange.attach(connection.sock)
             connection.deliver(exchange, message, body)
-            response = connection.receive(exchange, method, heard)
-            return EngineAnswer(connection, response, response.read_whole() if self._comes_whole(exchange, response) else None)
+            return EngineAnswer(connection, exchange, method)
         except BaseException as error:
             exchange.detach()
             connection.close()
             if exchange.gone:
                 raise ClientGone from None
-            if isinstance(error, (OSError, Malformed, http.client.HTTPException)):
+            if isinstance(error, (OSError, Malformed)):
                 raise EngineBroke(str(error) or type(error).__name__) from None
             raise
-
-    @staticmethod
-    def _comes_whole(exchange: Exchange, response: EngineResponse) -> bool:
-        if exchange.head_sent and not response.head.event_stream:
-            return True         # it becomes one event
-        return response.length is not None and response.length <= WHOLE_ANSWER
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3419,7 +3367,7 @@ class RequestReader:
             if not self._read_on(deadline):
                 return None
         try:
-            parsed = RequestHead(head)
+            parsed = parse_request_head(head)
         except Malformed as error:
             raise GatewayError('bad_request', 'malformed request: %s' % error) from None
         if len(parsed.names) > HEADER_COUNT:
@@ -3718,14 +3666,14 @@ class GatewayServer(http.server.ThreadingHTTPServer):
         if self.address_family == socket.AF_INET6 and not self.gateway.config.server.addr[0]:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[0], self.server_address[1]     # type: ignore[assignment]
+        self.server_name, self.server_port = self.server_address[0], self.server_address[1]
 
     def get_request(self) -> Tuple[socket.socket, Any]:
         try:
             return super().get_request()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                log.error('no connection accepted', {'error': error.strerror, 'connections': self.connections.count})
+                log.error('no connection accepted', error=error.strerror, connections=self.connections.count)
                 time.sleep(self.PAUSE_WITHOUT_DESCRIPTORS)
             raise
 
@@ -3745,7 +3693,7 @@ class GatewayServer(http.server.ThreadingHTTPServer):
 
     def _refuse(self, request: socket.socket, address: str, why: str) -> None:
         error = GatewayError('too_many_connections', 'too many connections: %s; try again soon' % why, 1)
-        log.warning('connection refused', {'client': address, 'why': why})
+        log.warn('connection refused', client=address, why=why)
         body = error.body()
         request.setblocking(False)
         try:
@@ -3764,7 +3712,7 @@ class GatewayServer(http.server.ThreadingHTTPServer):
 
     def service_actions(self) -> None:
         self._close_refused()
-        self.gateway.upstream.pool.expire()
+        self.gateway.upstream.pool.expire(EnginePool.SECONDS)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.exception('internal error in a connection')
@@ -3780,7 +3728,6 @@ class GatewayServer(http.server.ThreadingHTTPServer):
 
 _REQUEST_IDS = itertools.count(1)
 _REQUEST_ID_PREFIX = '%x-%x-' % (int(time.time()), os.getpid())     # no getrandom a request
-END_OF_CHUNKS = b'0\r\n\r\n'
 
 
 # A JSON parser would recurse as deep as a hostile body likes, on a thread's small stack. Inside a
@@ -3874,7 +3821,7 @@ class GatewayHandler(socketserver.BaseRequestHandler):
         except GatewayError as error:
             self._answer_error(exchange, error)
         except Exception:
-            log.exception('internal error', {'id': exchange.id})
+            log.exception('internal error', id=exchange.id)
             self._answer_error(exchange, GatewayError('internal_error', 'internal error of the gateway; its log has more under id %s' % exchange.id))
         finally:
             body.release()
@@ -3974,7 +3921,7 @@ class GatewayHandler(socketserver.BaseRequestHandler):
             elif answer.whole is not None and not exchange.head_sent:
                 self._pass_whole(exchange, head, answer)
             else:
-                self._pass_stream(exchange, head, answer, config)
+                self._pass_stream(exchange, head, answer)
 
     def _pass_whole(self, exchange: Exchange, head: RequestHead, answer: EngineAnswer) -> None:
         body = answer.whole or b''
@@ -3998,27 +3945,21 @@ class GatewayHandler(socketserver.BaseRequestHandler):
         exchange.sent += len(event)
         read_usage(exchange, body[-USAGE_WITHIN:])
 
-    def _pass_stream(self, exchange: Exchange, head: RequestHead, answer: EngineAnswer, config: Config) -> None:
+    def _pass_stream(self, exchange: Exchange, head: RequestHead, answer: EngineAnswer) -> None:
         """The head and what came with it leave at once; the relay copies the rest."""
-        gateway = self.server.gateway
         translate, lines = self._stream_framing(exchange, head, answer)
-        heard = gateway.watchdog.heard_answer if config.engine.hang_timeout else None
-        body = answer.follower(collect=bool(heard) or translate == 'decode')
-        stream = Stream(exchange, answer.connection.sock, body, translate, answer.head.event_stream, heard)
-        try:
-            first = stream.digest(answer.first) if answer.first else b''
-        except Malformed as error:
-            raise GatewayError('engine_failed', 'the engine answered garbage: %s' % error) from None
+        body = answer.follower(collect=bool(exchange.heard) or translate == 'decode')
+        stream = Stream(exchange, answer.connection.sock, body, translate, answer.head.event_stream)
         data = b'' if exchange.head_sent else self._forwarded_head(exchange, answer.head, lines)
         self._commit(exchange, answer.head.status)
+        first, answer.connection.buffer = stream.digest(answer.connection.buffer), b''
         if data or first:
             self.connection.send(data + first)
-        exchange.sent += len(first)
         if body.done:
             stream.result = 'ok'
         else:
             self._relay(exchange, stream)
-        answer.reusable = stream.result == 'ok' and not body.excess and not answer.head.will_close and answer.head.chunked
+        answer.reusable = stream.result == 'ok' and not body.excess and not answer.head.will_close and answer.length is None
         read_usage(exchange, stream.recent)
         self._judge(exchange, stream)
 
@@ -4049,7 +3990,7 @@ class GatewayHandler(socketserver.BaseRequestHandler):
             self.keep_alive = False
             exchange.outcome = stream.result
             if stream.fault:
-                log.warning('answer broken off', {'id': exchange.id, 'why': stream.fault})
+                log.warn('answer broken off', id=exchange.id, why=stream.fault)
         elif stream.event_stream and _ERROR_EVENT.search(stream.recent):
             exchange.outcome = 'failed'
 
@@ -4136,7 +4077,7 @@ class GatewayHandler(socketserver.BaseRequestHandler):
             'first_byte_ms': None if exchange.first_byte is None else round((exchange.first_byte - exchange.started) * 1000, 1),
             'total_ms': round((now - exchange.started) * 1000, 1), 'bytes': exchange.sent, 'tokens': exchange.tokens}
         self.server.gateway.metrics.record(exchange, fields, now - exchange.started)
-        log.log(logging.DEBUG if exchange.path in OWN_PATHS[1:] else logging.INFO, 'request', fields)
+        log.event(DEBUG if exchange.path in OWN_PATHS[1:] else INFO, 'request', fields)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4273,7 +4214,7 @@ class Notifier:
                 sock.connect(self._address)
                 sock.send('\n'.join(lines).encode())
         except OSError as error:
-            log.warning('systemd cannot be told', {'error': str(error)})
+            log.warn('systemd cannot be told', error=str(error))
 
     def ready(self, status: str) -> None:
         if self._was_ready:
@@ -4367,9 +4308,9 @@ class Gateway(GatewayParts, WatchdogListener):
         threading.Thread(target=self._server.serve_forever, name='accept', daemon=True).start()
         self.mailbox.catch('SIGTERM', 'SIGINT', 'SIGHUP')
         say('gollama %s listens on %s' % (__version__, self.url()))
-        log.info('listening', {'addr': bracketed(self.config.server.addr[0] or '*', self.port), 'version': __version__})
+        log.info('listening', addr=bracketed(self.config.server.addr[0] or '*', self.port), version=__version__)
         for warning in config_warnings(self.config):
-            log.warning(warning)
+            log.warn(warning)
         self.watchdog.start()
         try:
             return self._serve_until_told()
@@ -4396,7 +4337,7 @@ class Gateway(GatewayParts, WatchdogListener):
         """No new requests, those waiting are refused, those in flight get drain_timeout; a second signal ends it all."""
         self.closing = True
         self._notifier.tell('STOPPING=1', 'STATUS=draining')
-        log.info('stopping', {'signal': why, 'in_flight': self.connections.busy})
+        log.info('stopping', signal=why, in_flight=self.connections.busy)
         self.queue.close()
         self.watchdog.close()
         deadline = Deadline(self.config.server.drain_timeout)
@@ -4436,24 +4377,24 @@ class Gateway(GatewayParts, WatchdogListener):
         try:
             config = self._load()
             engine_command(config.engine)
-            setup_logging(config.logger)
+            log.configure(config.logger)
         except ConfigError as error:
             for problem in error.problems:
-                log.error('the configuration is bad, nothing was changed', {'problem': problem})
+                log.error('the configuration is bad, nothing was changed', problem=problem)
             return
         except OSError as error:
-            log.error('the configuration is bad, nothing was changed', {'problem': 'logger.log-path: %s' % error})
+            log.error('the configuration is bad, nothing was changed', problem='logger.log-path: %s' % error)
             return
         if config.server.addr != self.config.server.addr:
-            log.warning('server.addr has changed: this needs a restart')
+            log.warn('server.addr has changed: this needs a restart')
         self.rules = AccessRules(config.server)
         self.config = config
         self.relay.write_timeout = config.server.write_timeout
         self.queue.reconfigure(config.queue)
         restarts = self.watchdog.reconfigure(config.engine, config.server.drain_timeout)
-        log.info('configuration reloaded', {'engine': 'restarts' if restarts else 'unchanged'})
+        log.info('configuration reloaded', engine='restarts' if restarts else 'unchanged')
         for warning in config_warnings(config):
-            log.warning(warning)
+            log.warn(warning)
         self._notifier.reloaded()
 
     # -- told by others, in their threads
@@ -4484,8 +4425,7 @@ class Gateway(GatewayParts, WatchdogListener):
     def _compare_slots(self) -> None:
         slots = self.watchdog.slots()
         if slots is not None and slots < self.config.queue.max_concurrency:
-            log.warning('queue.max_concurrency is more than the slots of the engine: the rest waits inside the engine',
-                        {'max_concurrency': self.config.queue.max_concurrency, 'slots': slots})
+            log.warn('queue.max_concurrency is more than the slots of the engine: the rest waits inside the engine', max_concurrency=self.config.queue.max_concurrency, slots=slots)
 
     def sign_of_life(self) -> None:
         self._notifier.sign_of_life(self.config.engine.start_timeout)
@@ -4562,7 +4502,7 @@ STACK_SIZE = 1024 * 1024    # bytes of address space for each thread; only what 
 def run_gateway(config: Config, load: Callable[[], Config]) -> int:
     """Runs a gateway; returns the exit code."""
     try:
-        setup_logging(config.logger)
+        log.configure(config.logger)
     except OSError as error:
         complain(['logger.log-path: %s; choose another place' % error])
         return 2
