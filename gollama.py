@@ -50,6 +50,7 @@ relay's own state belongs to its thread; others post to its mailbox.
 """
 from __future__ import annotations
 
+import _thread
 import argparse
 import base64
 import bisect
@@ -1933,7 +1934,6 @@ class ClientConnection:
         self.sock = sock
         self.address = address
         self.buffer = b''
-        sock.setblocking(True)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         set_socket_timeout(sock, socket.SO_SNDTIMEO, server.write_timeout)
         self._usual = min(server.idle_timeout, server.read_timeout)
@@ -2140,7 +2140,7 @@ class Stream:
     or 'encode' (chunks are made, of a body that ends with its connection).
     """
 
-    __slots__ = ('exchange', 'engine', 'client', 'body', 'translate', 'event_stream', 'result', 'fault', 'pending', '_relay', '_recent', '_ending')
+    __slots__ = ('exchange', 'engine', 'client', 'body', 'translate', 'event_stream', 'result', 'ending', 'fault', 'pending', '_relay', '_recent')
 
     RECENT = 2048       # bytes, at most, of each of the last pieces, kept for usage and errors
 
@@ -2156,29 +2156,47 @@ class Stream:
         self.pending = b''              # what the client did not take yet; the engine's side rests meanwhile
         self._relay = exchange.relay
         self._recent: Deque[bytes] = collections.deque(maxlen=8)
-        self._ending = ''               # the result, once `pending` has left
+        self.ending = ''                # the result, once `pending` has left
 
     @property
     def recent(self) -> bytes:
         """The end of what has passed."""
         return b''.join(self._recent)
 
-    def digest(self, data: bytes) -> bytes:
-        """What the client gets for bytes of the engine's. Raises Malformed."""
-        out = self.body.feed(data)
-        if self.body.payload is not None or self.translate != 'raw':
-            out = self._translated(out)
+    def advance(self, data: bytes) -> bytes:
+        """What the client gets for bytes of the engine's, or for its end-of-file; `ending` is set when they are the last."""
+        try:
+            if data:
+                out = self._translated(self.body.feed(data))
+            else:
+                self.body.end_of_file()
+                if not self.body.done:
+                    raise Malformed('it hung up')
+                out = END_OF_CHUNKS if self.translate == 'encode' else b''
+            self.ending = 'ok' if self.body.done else ''
+        except Malformed as error:
+            self.ending, self.fault = 'truncated', str(error)
+            out = self._error_event() if self.event_stream else b''
         self._recent.append(out if len(out) <= self.RECENT else out[-self.RECENT:])
         self.exchange.sent += len(out)
         return out
 
     def _translated(self, out: bytes) -> bytes:
+        if self.body.payload is None and self.translate == 'raw':
+            return out
         payload = self.body.take_payload() if self.body.payload is not None else out
         if self.exchange.heard and not only_comments(payload):
             self.exchange.heard()
         if self.translate == 'encode':
             return (chunk(payload) if payload else b'') + (END_OF_CHUNKS if self.body.done else b'')
         return payload if self.translate == 'decode' else out
+
+    def _error_event(self) -> bytes:
+        """The engine cannot finish: the client is told by an event, and by the end mark that never comes."""
+        code = self.exchange.cut or 'engine_failed'
+        text = 'the gateway is shutting down' if code == 'shutting_down' else 'the engine broke off in the middle of the answer'
+        event = finished_event(self.body.tail) + b'data: ' + GatewayError(code, text).body() + b'\n\n'
+        return {'raw': self.body.insert, 'encode': chunk, 'decode': bytes}[self.translate](event)
 
     def on_engine(self, events: int) -> None:
         """The engine's socket is readable."""
@@ -2188,43 +2206,18 @@ class Stream:
             return
         except OSError:
             data = b''
+        out = self.advance(data)
         try:
-            if data:
-                out = self.digest(data)
-            else:
-                self.body.end_of_file()
-                if not self.body.done:
-                    raise Malformed('it hung up')
-                out = END_OF_CHUNKS if self.translate == 'encode' else b''
-        except Malformed as error:
-            return self._break(str(error))
-        self._send(out, 'ok' if self.body.done else '')
-
-    def _send(self, out: bytes, result: str) -> None:
-        """Passes bytes on; with a result, they are the last."""
-        try:
-            taken = self.client.send(out) if out and not self.pending else 0
+            taken = self.client.send(out) if out else 0
         except _WOULD_BLOCK:
             taken = 0
         except OSError:
             return self._relay.end(self, 'cancelled')
-        self._ending = result
-        if taken < len(out) or self.pending:
-            self.pending += out[taken:]
+        if taken < len(out):
+            self.pending = out[taken:]
             self._relay.hold(self)
-        elif result:
-            self._relay.end(self, result)
-
-    def _break(self, why: str) -> None:
-        """The engine cannot finish: the client is told by an error event, and by the end mark that never comes."""
-        self.fault = why
-        event = b''
-        if self.event_stream:
-            code = self.exchange.cut or 'engine_failed'
-            text = 'the gateway is shutting down' if code == 'shutting_down' else 'the engine broke off in the middle of the answer'
-            event = finished_event(self.body.tail) + b'data: ' + GatewayError(code, text).body() + b'\n\n'
-            event = {'raw': self.body.insert, 'encode': chunk, 'decode': bytes}[self.translate](event)
-        self._send(event, 'truncated')
+        elif self.ending:
+            self._relay.end(self, self.ending)
 
     def on_client(self, events: int) -> None:
         """The client's socket is readable (it leaves, or pipelines), or takes bytes again."""
@@ -2237,8 +2230,8 @@ class Stream:
                 return self._relay.end(self, 'cancelled')
             if self.pending:
                 self._relay.hold(self)      # some progress: write_timeout begins anew
-            elif self._ending:
-                self._relay.end(self, self._ending)
+            elif self.ending:
+                self._relay.end(self, self.ending)
             else:
                 self._relay.resume(self)
         elif not self.exchange.read_ahead():
@@ -2693,7 +2686,7 @@ class EngineConnection(http.client.HTTPConnection):
         self.generation = generation    # of the engine it leads to
         self.parked = 0.0               # since when it is idle, monotonic
         self.buffer = b''               # received and not yet used
-        self._waited = False
+        self.waited = False
 
     def connect(self) -> None:
         """Raises EngineNotAccepting."""
@@ -2740,7 +2733,7 @@ class EngineConnection(http.client.HTTPConnection):
 
     def _receive_late(self, exchange: Exchange) -> bytes:
         exchange.watch()
-        self._waited = True
+        self.waited = True
         while True:
             heartbeat = exchange.heartbeat if exchange.head_sent else None
             set_socket_timeout(self.sock, socket.SO_RCVTIMEO, heartbeat() if heartbeat else math.inf)
@@ -2779,8 +2772,8 @@ class EngineConnection(http.client.HTTPConnection):
         return body.take_payload()
 
     def make_reusable(self) -> None:
-        if self._waited:
-            self._waited = False
+        if self.waited:
+            self.waited = False
             set_socket_timeout(self.sock, socket.SO_RCVTIMEO, RELAY_AFTER)
 
 
@@ -3040,18 +3033,18 @@ class Metrics:
                        for name, kind, doc, lines in families)
 
 
-_USAGE = {kind: re.compile(rb'(?<!\\)"(?:%s)"\s*:\s*(\d{1,12})' % names)
-          for kind, names in (('tokens', b'completion_tokens|predicted_n'), ('prompt_tokens', b'prompt_tokens|prompt_n'))}
+_USAGE = re.compile(rb'(?<!\\)"(completion_tokens|predicted_n|prompt_tokens|prompt_n)"\s*:\s*(\d{1,12})')
 _ERROR_EVENT = re.compile(rb'^(?:data: ?\{\s*"error"\s*:|error: ?\{)', re.MULTILINE)
 USAGE_WITHIN = 4096     # bytes at either end of a whole answer where usage is looked for
 
 
 def read_usage(exchange: Exchange, text: bytes) -> None:
     """Takes the token counts from the engine's `usage` or `timings`; the last ones count."""
-    for name, pattern in _USAGE.items():
-        found = pattern.findall(text)
-        if found:
-            setattr(exchange, name, int(found[-1]))
+    for name, count in _USAGE.findall(text):
+        if name in (b'completion_tokens', b'predicted_n'):
+            exchange.tokens = int(count)
+        else:
+            exchange.prompt_tokens = int(count)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3479,6 +3472,18 @@ def host_name(host: str) -> str:
     return match.group(1).lower().rstrip('.') if match else host
 
 
+@functools.lru_cache(maxsize=256)
+def is_local_name(host: str) -> bool:
+    """Whether a Host header names this machine in a way that no page of a stranger's can bring about."""
+    name = host_name(host)
+    if '.' not in name and ':' not in name or name.endswith(_LOCAL_SUFFIXES) or name == socket.gethostname().lower():
+        return True
+    try:
+        return bool(ipaddress.ip_address(name.strip('[]')))
+    except ValueError:
+        return False
+
+
 def own_origins(host: str) -> Tuple[str, str]:
     """The origins that a page from this Host has."""
     host = host.lower()
@@ -3493,7 +3498,6 @@ class AccessRules:
         self._keys = [(name, secret.encode()) for name, secret in server.api_keys.items()]
         self._origins = frozenset(server.allowed_origins)
         self._hosts = frozenset(host_name(urllib.parse.urlsplit(origin).netloc) for origin in server.allowed_origins if origin != '*')
-        self._own_name = socket.gethostname().lower()
 
     def client_of(self, head: RequestHead, address: str) -> str:
         """The name of the key, or the address where none is asked for. Raises GatewayError (401)."""
@@ -3525,16 +3529,10 @@ class AccessRules:
 
     def check_host(self, head: RequestHead) -> None:
         """Refuses DNS rebinding: a stranger's name that leads here. Raises GatewayError (403)."""
-        if self._keys or '*' in self._origins:
+        if self._keys or '*' in self._origins or is_local_name(head.host) or host_name(head.host) in self._hosts:
             return
-        name = host_name(head.host)
-        if '.' not in name and ':' not in name or name.endswith(_LOCAL_SUFFIXES) or name == self._own_name or name in self._hosts:
-            return
-        try:
-            ipaddress.ip_address(name.strip('[]'))
-        except ValueError:
-            raise GatewayError('host_not_allowed', 'the Host %s is not known here; set server.api_keys, or add its origin '
-                               'to server.allowed_origins' % name[:200]) from None
+        raise GatewayError('host_not_allowed', 'the Host %s is not known here; set server.api_keys, or add its origin '
+                           'to server.allowed_origins' % head.host[:200])
 
     @staticmethod
     def cors(origin: str) -> List[str]:
@@ -3666,7 +3664,7 @@ class GatewayServer(http.server.ThreadingHTTPServer):
         if self.address_family == socket.AF_INET6 and not self.gateway.config.server.addr[0]:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[0], self.server_address[1]
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
     def get_request(self) -> Tuple[socket.socket, Any]:
         try:
@@ -3686,7 +3684,8 @@ class GatewayServer(http.server.ThreadingHTTPServer):
         if not self.connections.opened(connection, server.max_connections):
             return self._refuse(request, address, 'all %d connections have a request in progress' % server.max_connections)
         try:
-            threading.Thread(target=self.process_request_thread, args=(request, connection), daemon=True).start()
+            # threading.Thread would wait until the new one runs: two switches a connection
+            _thread.start_new_thread(self.process_request_thread, (request, connection))
         except RuntimeError as error:
             self.connections.closed(connection)
             self._refuse(request, address, str(error))
@@ -3952,11 +3951,12 @@ class GatewayHandler(socketserver.BaseRequestHandler):
         stream = Stream(exchange, answer.connection.sock, body, translate, answer.head.event_stream)
         data = b'' if exchange.head_sent else self._forwarded_head(exchange, answer.head, lines)
         self._commit(exchange, answer.head.status)
-        first, answer.connection.buffer = stream.digest(answer.connection.buffer), b''
-        if data or first:
-            self.connection.send(data + first)
-        if body.done:
-            stream.result = 'ok'
+        first, answer.connection.buffer = answer.connection.buffer, b''
+        self.connection.send(data + (stream.advance(first) if first else b''))
+        if not answer.connection.waited:
+            self._copy_briefly(stream)
+        if stream.ending:
+            stream.result = stream.ending
         else:
             self._relay(exchange, stream)
         answer.reusable = stream.result == 'ok' and not body.excess and not answer.head.will_close and answer.length is None
@@ -3972,6 +3972,18 @@ class GatewayHandler(socketserver.BaseRequestHandler):
         if answer.length is not None and not exchange.head_sent:
             return 'raw', lines
         return 'raw' if answer.chunked else 'encode', lines + ['Transfer-Encoding: chunked']
+
+    def _copy_briefly(self, stream: Stream) -> None:
+        """A stream that is over at once wakes no other thread: half of its time to the first token was that of its predecessor's end."""
+        until = Deadline(RELAY_AFTER)
+        while not stream.ending and not until.expired:
+            try:
+                data = stream.engine.recv(RECV_SIZE)
+            except _WOULD_BLOCK:
+                return
+            except OSError:
+                data = b''
+            self.connection.send(stream.advance(data))
 
     def _relay(self, exchange: Exchange, stream: Stream) -> None:
         exchange.rearm()
