@@ -90,7 +90,7 @@ import threading
 import time
 import traceback
 import urllib.parse
-from typing import (Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NoReturn, Optional,
+from typing import (Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping, Optional,
                     Sequence, Set, TextIO, Tuple, Type, Union)
 
 __version__ = '1.0.0'
@@ -655,7 +655,7 @@ def _escaped(char: str) -> str:
         return '\\' + char
     if char.isprintable():
         return char
-    return {'\n': '\\n', '\r': '\\r', '\t': '\\t'}.get(char) or ('\\u%04x' if ord(char) < 0x10000 else '\\U%08x') % ord(char)
+    return {'\n': '\\n', '\r': '\\r', '\t': '\\t'}.get(char) or ('\\x%02x' if char < '\x7f' else '\\u%04x' if ord(char) < 0x10000 else '\\U%08x') % ord(char)
 
 
 def logfmt_value(value: object) -> str:
@@ -1133,14 +1133,14 @@ TRANSITIONS: Dict[EngineState, FrozenSet[EngineState]] = {
 
 
 class TryKind(enum.Enum):
-    """Why somebody wants to go in: who may is decided in Watchdog._may_enter."""
+    """Why somebody wants to go in: who may is decided in TryGate._may_enter."""
     LIGHT = 'GET or HEAD'
     FIRST = 'first try of a POST'
     SECOND = 'second try'
 
 
 class Waiter:
-    """What the watchdog needs to know of a request: how to make it wait, wake it and break it off."""
+    """What the gate needs to know of a request: how to make it wait, wake it and break it off."""
 
     __slots__ = ('held_up', 'cut')
     held_up: bool               # its own client takes no bytes
@@ -1149,6 +1149,138 @@ class Waiter:
     def wait(self, deadline: Deadline) -> None: ...
     def wake(self) -> None: ...
     def break_off(self, code: str) -> None: ...
+
+
+def shutting_down() -> GatewayError:
+    return GatewayError('shutting_down', 'the gateway is shutting down; try again soon', 5)
+
+
+class TryGate:
+    """Says when a try on the engine may start, and knows which are in the engine.
+
+    A try: `enter` (waits), the exchange with the engine, `leave`. One that broke queues up for
+    its second try with `queue_replay` and `replay_turn`, and `end_replay` says that it was
+    answered or given up. Second tries go one at a time, and while there are any no first try of
+    a POST starts: a prompt that kills engines takes nobody with it.
+    """
+
+    DEATH_SHOWS_WITHIN = 0.5    # seconds; the connection breaks before the reaper knows
+
+    def __init__(self, on_empty: Callable[[], None]) -> None:
+        self._on_empty = on_empty                   # told when the last try leaves a gate that is shut
+        # _lock guards all below.
+        self._lock = threading.Lock()
+        self._waiting: Set[Waiter] = set()          # to be woken when anything here changes
+        self._engaged: Set[Waiter] = set()          # tries in the engine
+        self._engaged_since = 0.0
+        self._replays: Deque[Waiter] = collections.deque()      # second tries; the first one has its turn
+        self._closed = False
+        self.is_open = False                        # the engine is ready
+        self.generation = 0                         # of the engine that is ready, or was last
+
+    def enter(self, exchange: Waiter, deadline: Deadline, kind: TryKind, not_ready: Callable[[], GatewayError]) -> int:
+        """Waits until a try may start and counts it as in the engine. Returns the engine's generation.
+
+        Raises GatewayError (503, 429) at the deadline, and what `exchange.wait` raises.
+        """
+        if not self._wait(exchange, deadline, lambda: self._may_enter(exchange, kind)):
+            if self.is_open:
+                raise GatewayError('queue_timeout', 'waited too long: requests that an engine died of are tried again first', 10)
+            raise not_ready()
+        return self.generation
+
+    def _may_enter(self, exchange: Waiter, kind: TryKind) -> bool:
+        if self._closed:
+            raise shutting_down()
+        first = self._replays[0] is exchange if kind is TryKind.SECOND else kind is TryKind.LIGHT or not self._replays
+        if self.is_open and first:
+            if not self._engaged:
+                self._engaged_since = time.monotonic()
+            self._engaged.add(exchange)
+            exchange.cut = None     # of an engine before this one
+            return True
+        return False
+
+    def _wait(self, exchange: Waiter, deadline: Deadline, over: Callable[[], bool]) -> bool:
+        """Until `over()`, which is asked under the lock; False at the deadline."""
+        with self._lock:
+            if over():
+                return True
+        while True:
+            exchange.rearm()
+            with self._lock:
+                if over():
+                    return True
+                if deadline.expired:
+                    return False
+                self._waiting.add(exchange)
+            try:
+                exchange.wait(deadline)
+            finally:
+                self._waiting.discard(exchange)
+
+    def leave(self, exchange: Waiter) -> None:
+        """The try is over."""
+        with self._lock:
+            self._engaged.discard(exchange)
+            waited_for = not self.is_open and not self._engaged
+        if waited_for:
+            self._on_empty()
+
+    def await_death(self, exchange: Waiter, generation: int) -> None:
+        """After a connection broke: gives the engine's death a moment to show."""
+        self._wait(exchange, Deadline(self.DEATH_SHOWS_WITHIN), lambda: not self.is_open or self.generation != generation)
+
+    def queue_replay(self, exchange: Waiter) -> None:
+        """From now until `end_replay` no first try of a POST starts."""
+        with self._lock:
+            self._replays.append(exchange)
+
+    def replay_turn(self, exchange: Waiter) -> None:
+        """Waits until all earlier second tries were answered or given up; they have deadlines of their own."""
+        self._wait(exchange, Deadline(math.inf), lambda: self._replays[0] is exchange or self._closed)
+
+    def end_replay(self, exchange: Waiter) -> None:
+        with self._lock:
+            self._replays.remove(exchange)
+        self._wake()
+
+    def _wake(self) -> None:
+        with self._lock:
+            waiting = list(self._waiting)
+        for exchange in waiting:
+            exchange.wake()
+
+    def open(self) -> None:
+        """A new engine is ready."""
+        with self._lock:
+            self.is_open, self.generation = True, self.generation + 1
+        self._wake()
+
+    def shut(self) -> None:
+        """No try starts until it is opened again."""
+        with self._lock:
+            self.is_open = False
+        self._wake()
+
+    def close(self) -> None:
+        """No try starts any more; those who wait are refused."""
+        with self._lock:
+            self._closed = True
+        self._wake()
+
+    def engaged(self) -> List[Waiter]:
+        """The tries in the engine."""
+        with self._lock:
+            return list(self._engaged)
+
+    def waited_for_since(self) -> Optional[float]:
+        """Since when somebody has been waiting for the engine (monotonic): not those whose own client takes no bytes."""
+        with self._lock:
+            if all(exchange.held_up for exchange in self._engaged):
+                self._engaged_since = time.monotonic()
+                return None
+            return self._engaged_since
 
 
 class WatchdogListener:
@@ -1167,42 +1299,31 @@ def last_words(process: EngineProcess) -> str:
 
 
 class Watchdog:
-    """Keeps one engine running, and says when a try on it may start.
+    """Keeps one engine running: start, readiness, death, backoff; `gate` says when a try on it may start."""
 
-    A try: `enter` (waits), the exchange with the engine, `leave`. One that broke queues up for
-    its second try with `replay_turn`, and `end_replay` says that it was answered or given up.
-    """
-
-    DEATH_SHOWS_WITHIN = 0.5    # seconds; the connection breaks before the reaper knows
     PROBE_PAUSES = (0.02, 0.25)     # seconds between two health probes: at first, at most
 
     def __init__(self, config: EngineConfig, drain_timeout: float, listener: WatchdogListener) -> None:
         self._listener = listener
+        self._news = threading.Event()              # something for the watchdog's thread to look at
+        self.gate = TryGate(self._news.set)
+        self._stop = threading.Event()
+        self.ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name='watchdog', daemon=True)
+        # Written by others: a reload that waits, and how long it waits. Each is replaced as a whole.
+        self._reload: Optional[EngineConfig] = None
         self._drain_timeout = drain_timeout
-        # _lock guards what follows, up to the blank line. Short, and never held while calling others.
-        self._lock = threading.Lock()
+        self._last_answer = 0.0                     # monotonic time of the last byte of any answer
+        # Written by the watchdog's thread alone.
         self._config = config
         self._state = EngineState.STARTING
         self._since = time.monotonic()
-        self._engaged: Set[Waiter] = set()          # tries in the engine
-        self._engaged_since = 0.0
-        self._waiting: Set[Waiter] = set()          # to be woken when anything here changes
-        self._replays: Deque[Waiter] = collections.deque()      # second tries; the first one has its turn
-        self._reload: Optional[EngineConfig] = None
-        self._closed = False
-
-        self._news = threading.Event()              # something for the watchdog's own thread to look at
-        self._stop = threading.Event()
-        self.ended = threading.Event()
-        self._process: Optional[EngineProcess] = None       # written by the watchdog's thread alone, like the rest
+        self._process: Optional[EngineProcess] = None
         self._backoff = Backoff(config.restart_backoff)
         self._starts = 0
         self._was_ready = False
         self._ready_seconds: Optional[float] = None
         self._last_exit: Optional[str] = None
-        self._last_answer = 0.0                     # monotonic time of the last byte of any answer
-        self.generation = 0                         # of the engine that is ready
-        self._thread = threading.Thread(target=self._run, name='watchdog', daemon=True)
 
     # -- for the threads of requests
 
@@ -1210,118 +1331,23 @@ class Watchdog:
     def ready(self) -> bool:
         return self._state is EngineState.READY
 
-    def enter(self, exchange: Waiter, deadline: Deadline, kind: TryKind) -> int:
-        """Waits until a try may start and counts it as in the engine. Returns the engine's generation.
-
-        Raises GatewayError (503, 429) at the deadline, and what `exchange.wait` raises.
-        """
-        while True:
-            exchange.rearm()
-            with self._lock:
-                if self._closed:
-                    raise GatewayError('shutting_down', 'the gateway is shutting down; try again soon', 5)
-                if self._may_enter(exchange, kind):
-                    if not self._engaged:
-                        self._engaged_since = time.monotonic()
-                    self._engaged.add(exchange)
-                    exchange.cut = None     # of an engine before this one
-                    return self.generation
-                if deadline.expired:
-                    raise self._not_ready()
-                self._waiting.add(exchange)
-            try:
-                exchange.wait(deadline)
-            finally:
-                self._waiting.discard(exchange)
-
-    def _may_enter(self, exchange: Waiter, kind: TryKind) -> bool:
-        if self._state is not EngineState.READY or self._reload is not None:
-            return False
-        if kind is TryKind.SECOND:
-            return self._replays[0] is exchange
-        return kind is TryKind.LIGHT or not self._replays
-
-    def _not_ready(self) -> GatewayError:
-        if self._state is EngineState.READY:
-            return GatewayError('queue_timeout', 'waited too long: requests that an engine died of are tried again first', 10)
+    def not_ready(self) -> GatewayError:
         last = ', last exit: %s' % self._last_exit if self._last_exit else ''
         return GatewayError('engine_not_ready', 'the engine did not become ready in time (state: %s%s); try again later'
-                            % (self._state.value, last), self.retry_after())
-
-    def retry_after(self) -> int:
-        """Seconds until a new engine is probably ready, 1 to 60."""
-        return max(1, min(60, math.ceil(self._ready_seconds or 5)))
-
-    def leave(self, exchange: Waiter) -> None:
-        """The try is over."""
-        with self._lock:
-            self._engaged.discard(exchange)
-            waited_for = self._reload is not None and not self._engaged
-        if waited_for:
-            self._news.set()
-
-    def await_death(self, exchange: Waiter, generation: int) -> None:
-        """After a connection broke: gives the engine's death a moment to show."""
-        deadline = Deadline(self.DEATH_SHOWS_WITHIN)
-        while not deadline.expired:
-            exchange.rearm()
-            with self._lock:
-                if self.generation != generation or self._state is not EngineState.READY:
-                    return
-                self._waiting.add(exchange)
-            try:
-                exchange.wait(deadline)
-            finally:
-                self._waiting.discard(exchange)
-
-    def queue_replay(self, exchange: Waiter) -> None:
-        """From now until `end_replay` no first try of a POST starts."""
-        with self._lock:
-            self._replays.append(exchange)
-
-    def replay_turn(self, exchange: Waiter) -> None:
-        """Waits until all earlier second tries were answered or given up; they have deadlines of their own."""
-        forever = Deadline(math.inf)
-        while True:
-            exchange.rearm()
-            with self._lock:
-                if self._replays[0] is exchange or self._closed:
-                    return
-                self._waiting.add(exchange)
-            try:
-                exchange.wait(forever)
-            finally:
-                self._waiting.discard(exchange)
-
-    def end_replay(self, exchange: Waiter) -> None:
-        with self._lock:
-            self._replays.remove(exchange)
-        self._wake_waiting()
+                            % (self._state.value, last), max(1, min(60, math.ceil(self._ready_seconds or 5))))
 
     def heard_answer(self) -> None:
         """A byte of some answer came that is more than an SSE comment."""
         self._last_answer = time.monotonic()
-
-    def _wake_waiting(self) -> None:
-        with self._lock:
-            waiting = list(self._waiting)
-        for exchange in waiting:
-            exchange.wake()
 
     # -- for the gateway
 
     def start(self) -> None:
         self._thread.start()
 
-    def close(self) -> None:
-        """No try starts any more; those who wait are refused."""
-        with self._lock:
-            self._closed = True
-        self._wake_waiting()
-
     def stop(self, kill: bool = False) -> None:
         """Stops the engine: what is in flight is closed first, since llama-server waits for its clients."""
-        self.close()
+        self.gate.close()
         self._stop.set()
         self._news.set()
         process = self._process
@@ -1330,26 +1356,20 @@ class Watchdog:
 
     def reconfigure(self, config: EngineConfig, drain_timeout: float) -> bool:
         """Takes a new section; the engine is restarted if it changed. Returns whether it did."""
-        with self._lock:
-            self._drain_timeout = drain_timeout
-            changed = config != (self._reload or self._config)
-            if changed:
-                self._reload = config
-        self._news.set()
+        self._drain_timeout = drain_timeout
+        changed = config != (self._reload or self._config)
+        if changed:
+            self.gate.shut()        # new requests wait for the new engine
+            self._reload = config
+            self._news.set()
         return changed
 
     def status(self) -> Dict[str, Any]:
-        process = self._process
-        with self._lock:
-            return {
-                'state': self._state.value,
-                'state_seconds': round(time.monotonic() - self._since, 3),
-                'pid': process.pid if process and self._state in (EngineState.STARTING, EngineState.READY) else None,
-                'restarts': max(0, self._starts - 1),
-                'ready_seconds': self._ready_seconds,
-                'last_exit': self._last_exit,
-                'output': [line[:500] for line in process.tail(20)] if process else [],
-            }
+        process, state = self._process, self._state
+        return {'state': state.value, 'state_seconds': round(time.monotonic() - self._since, 3),
+                'pid': process.pid if process and state in (EngineState.STARTING, EngineState.READY) else None,
+                'restarts': max(0, self._starts - 1), 'ready_seconds': self._ready_seconds, 'last_exit': self._last_exit,
+                'output': [line[:500] for line in process.tail(20)] if process else []}
 
     def slots(self) -> Optional[int]:
         """How many requests the engine works on at once, as llama-server's /props says; None where it does not."""
@@ -1380,10 +1400,9 @@ class Watchdog:
 
     def _one_life(self) -> None:
         """From a start to the next pause. Raises StartError where the first start of all fails."""
-        with self._lock:
-            if self._reload is not None:
-                self._config, self._reload = self._reload, None
-                self._backoff = Backoff(self._config.restart_backoff)
+        if self._reload is not None:
+            self._config, self._reload = self._reload, None
+            self._backoff = Backoff(self._config.restart_backoff)
         try:
             self._start_engine()
             if not self._await_ready():
@@ -1462,7 +1481,6 @@ class Watchdog:
     def _became_ready(self, process: EngineProcess) -> None:
         process.saw_ready_line = True       # ends the matching
         self._ready_seconds = round(time.monotonic() - process.started, 3)
-        self.generation += 1
         self._change_state(EngineState.READY, '%.1f' % self._ready_seconds, pid=process.pid, seconds=self._ready_seconds)
 
     def _interrupted(self) -> bool:
@@ -1480,7 +1498,7 @@ class Watchdog:
                 return EngineState.STOPPING, 'stop'
             if self._reload is not None:
                 drained = drained or Deadline(self._drain_timeout)
-                if not self._engaged or drained.expired:
+                if not self.gate.engaged() or drained.expired:
                     return EngineState.STOPPING, 'reload'
             if self._is_hung(process):
                 log.error('engine hung: no byte of an answer and no line of output', pid=process.pid, seconds=self._config.hang_timeout)
@@ -1494,12 +1512,8 @@ class Watchdog:
     def _is_hung(self, process: EngineProcess) -> bool:
         if not self._config.hang_timeout:
             return False
-        with self._lock:
-            active = any(not exchange.held_up for exchange in self._engaged)
-            if not active:
-                self._engaged_since = time.monotonic()
-            last = max(self._engaged_since, self._last_answer, process.last_output)
-        return active and time.monotonic() - last > self._config.hang_timeout
+        since = self.gate.waited_for_since()
+        return since is not None and time.monotonic() - max(since, self._last_answer, process.last_output) > self._config.hang_timeout
 
     def _end_life(self, state: EngineState, why: str) -> None:
         """The engine died, hung, or did not start: nothing of it stays."""
@@ -1509,13 +1523,13 @@ class Watchdog:
             process.exited.wait(10)
             self._last_exit = process.exit_phrase
         self._change_state(state, why, why=why)
-        for exchange in list(self._engaged):
+        for exchange in self.gate.engaged():
             exchange.break_off('engine_failed')
 
     def _stop_engine(self) -> None:
         """A polite stop, for good or for a reload: what is in flight is closed first."""
         self._change_state(EngineState.STOPPING)
-        for exchange in list(self._engaged):
+        for exchange in self.gate.engaged():
             exchange.break_off('shutting_down' if self._stop.is_set() else 'engine_failed')
         if self._process:
             self._process.terminate(self._config.stop_timeout)
@@ -1534,11 +1548,13 @@ class Watchdog:
             self._change_state(EngineState.STOPPING)
 
     def _change_state(self, new: EngineState, detail: str = '', **fields: object) -> None:
-        with self._lock:
-            if new not in TRANSITIONS[self._state]:
-                raise AssertionError('no transition from %s to %s' % (self._state, new))
-            self._state, self._since = new, time.monotonic()
-        self._wake_waiting()
+        if new not in TRANSITIONS[self._state]:
+            raise AssertionError('no transition from %s to %s' % (self._state, new))
+        if self._state is EngineState.READY:
+            self.gate.shut()
+        self._state, self._since = new, time.monotonic()
+        if new is EngineState.READY and self._reload is None:
+            self.gate.open()
         level = WARN if new in (EngineState.DIED, EngineState.HUNG) else INFO
         if new is not EngineState.STARTING:      # told with its pid and command once it has them
             log.event(level, 'engine ' + new.value, fields)
@@ -1560,7 +1576,7 @@ _REQUEST_LINE = re.compile(rb'(' + _TOKEN + rb') ([!-~]+) HTTP/1\.([01])')
 _STATUS_LINE = re.compile(rb'HTTP/1\.([01]) ([1-9]\d\d)(?: ([^\x00-\x08\x0a-\x1f\x7f]*))?')
 _HEADER_LINE = re.compile(rb'(' + _TOKEN + rb'):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n')     # no obs-fold, no blank before the colon
 _NOT_IN_A_HEAD = re.compile(rb'[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?!\n|$)')
-_CHUNK_SIZE = re.compile(rb'([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t -~\x80-\xff]*)?')
+_CHUNK_SIZE = re.compile(rb'([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t -~\x80-\xff]*)?')
 _ABSOLUTE_FORM = re.compile(r'https?://([^/?#]*)(/[^?#]*)?(\?.*)?', re.IGNORECASE)
 _HOST = re.compile(r'(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%-]*)(?::([0-9]{0,5}))?')
 _SUSPICIOUS_PATH = re.compile(r'[%\\]|/\.')
@@ -1632,7 +1648,7 @@ class RequestHead:
     """A request's head, parsed and found strictly well-formed."""
 
     __slots__ = ('method', 'target', 'path', 'host', 'headers', 'names', 'fields', 'version11', 'keep_alive', 'length', 'chunked',
-                 'expects')
+                 'expects', 'fault')
 
     def __init__(self, head: bytes) -> None:
         """`head` ends with the CRLF of its last header line. Raises Malformed."""
@@ -1646,13 +1662,22 @@ class RequestHead:
         self.headers = parse_headers(block)
         self.names = [name.lower() for name, _ in self.headers]
         self.fields = dict(zip(self.names, [value for _, value in self.headers]))
-        self._read_target(target.decode())
-        self._read_framing()
+        self.path, self.length, self.chunked, self.expects = '-', 0, False, False
+        self.fault = ''     # what is wrong beyond the form of its lines, told once it is known whose page asks
+        try:
+            self._read_target(target.decode())
+            self._read_framing()
+        except Malformed as error:
+            self.fault = str(error)
         connection = self.fields.get(b'connection', b'').lower()
         if len(self.names) > len(self.fields):
             connection = b','.join(self.all(b'connection')).lower()
         options = [option.strip() for option in connection.split(b',')] if connection else []
         self.keep_alive = b'close' not in options and (self.version11 or b'keep-alive' in options)
+
+    @property
+    def has_body(self) -> bool:
+        return self.chunked or self.length > 0 or bool(self.fault)
 
     def all(self, name: bytes) -> List[bytes]:
         """The values of all fields with this (lower-case) name."""
@@ -1682,7 +1707,6 @@ class RequestHead:
     def _read_framing(self) -> None:
         """RFC 9112, section 6; where it leaves a choice, the strict one: request smuggling lives on the others."""
         names, fields = self.names, self.fields
-        self.length, self.chunked = 0, False
         if b'transfer-encoding' in fields:
             if b'content-length' in fields:
                 raise Malformed('Content-Length and Transfer-Encoding in one request')
@@ -1715,7 +1739,7 @@ class AnswerHead:
         self.names = [name.lower() for name, _ in self.headers]
         fields = dict(zip(self.names, [value for _, value in self.headers]))
         coding = fields.get(b'transfer-encoding')
-        if coding is not None and (coding.lower() != b'chunked' or b'content-length' in fields):
+        if coding is not None and (coding.lower() != b'chunked' or b'content-length' in fields or self.names.count(b'transfer-encoding') > 1):
             raise Malformed('its body is framed in a way that cannot be followed')
         self.chunked = coding is not None
         self.length = parse_length(fields[b'content-length']) if b'content-length' in fields else None
@@ -1836,7 +1860,7 @@ class ChunkedBody(BodyFollower):
         if self._held:
             data, self._held = self._held + data, b''
         left, payload, at, end = self._left, self.payload, 0, len(data)
-        first = last = 0        # where the payload that came last begins and ends
+        tail, known = self.tail, 0      # the end of the payload: data[known - 4:known], or `tail` where the last chunks were tiny
         while at < end:
             start = at
             if not left:
@@ -1859,11 +1883,13 @@ class ChunkedBody(BodyFollower):
                 first, last, left = start, min(at - 2, end), at - end
                 if left == 1 and data[-1] != 13:
                     raise Malformed('a chunk is longer than its size')
+            if last - first >= 4:
+                known = last
+            elif last > first:
+                tail, known = ((data[known - 4:known] if known else tail) + data[first:last])[-4:], 0
             if payload is not None and last > first:
                 payload.append(data[first:last])
-        self._left = left
-        if last > first:
-            self.tail = (self.tail + data[max(first, last - 4):last])[-4:]
+        self._left, self.tail = left, data[known - 4:known] if known else tail
         return data
 
     def _hold(self, data: bytes, at: int, limit: int) -> bytes:
@@ -1877,7 +1903,7 @@ class ChunkedBody(BodyFollower):
         """The end mark is held until it is whole; trailers are dropped."""
         stop = start + 2 if data.startswith(b'\r\n', start) else data.find(b'\r\n\r\n', start) + 4
         if stop < 4:
-            return self._hold(data, at, HEAD_LENGTH)
+            return self._hold(data, at, LINE_LENGTH)
         parse_headers(data[start:max(start, stop - 2)])
         self.done = True
         self.excess = data[stop:]
@@ -1928,10 +1954,11 @@ def shut(sock: socket.socket) -> None:
 class ClientConnection:
     """A client's connection: the socket, and what was received and not yet used."""
 
-    __slots__ = ('sock', 'address', 'buffer', '_patience', '_usual')
+    __slots__ = ('sock', 'fd', 'address', 'buffer', '_patience', '_usual')
 
     def __init__(self, sock: socket.socket, address: str, server: ServerConfig) -> None:
         self.sock = sock
+        self.fd = sock.fileno()     # still to be known when it is closed
         self.address = address
         self.buffer = b''
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -2068,6 +2095,12 @@ class Exchange(Waiter):
             self.finished = True
         if self.watched:
             self.relay.post(self.relay.unwatch, self, wake=False)
+
+    def send(self, data: bytes) -> None:
+        """Sends bytes of the answer to the client. Raises ClientGone."""
+        self.held_up = True
+        self.connection.send(data)
+        self.held_up = False
 
     # -- for others
 
@@ -2284,7 +2317,7 @@ class Relay(threading.Thread):
     # -- its own thread
 
     def run(self) -> None:
-        self._set(self._wakened, self.READ, lambda events: self._wakened.recv(4096))
+        self._set(self._wakened.fileno(), self.READ, lambda events: self._wakened.recv(4096))
         while not self._closed:
             for key, events in self._selector.select(self._patience() if self._held else None):
                 self._do(key.data, events)
@@ -2316,12 +2349,11 @@ class Relay(threading.Thread):
     def _close(self, _: None) -> None:
         self._closed = True
 
-    def _set(self, sock: socket.socket, events: int, callback: Callable[[int], object]) -> None:
-        """Registers a socket anew (no events: not at all). Its number may stand there for one that was closed."""
-        fd = sock.fileno()
+    def _set(self, fd: int, events: int, callback: Callable[[int], object]) -> None:
+        """Registers a socket anew (no events: not at all). Its number may still stand there for one that was closed."""
         if fd in self._selector.get_map():
             self._selector.unregister(fd)
-        if events and fd >= 0:
+        if events:
             self._selector.register(fd, events, callback)
 
     # -- letters
@@ -2332,15 +2364,15 @@ class Relay(threading.Thread):
             if not exchange.read_ahead() and not exchange.finished:
                 self.unwatch(exchange)
         if not exchange.finished:
-            self._set(exchange.connection.sock, self.READ, on_client)
+            self._set(exchange.connection.fd, self.READ, on_client)
 
     def unwatch(self, exchange: Exchange) -> None:
-        self._set(exchange.connection.sock, 0, on_nothing)
+        self._set(exchange.connection.fd, 0, on_nothing)
 
     def copy(self, stream: Stream) -> None:
         """Copies a stream until its end; its exchange is woken then."""
-        self._set(stream.engine, self.READ, stream.on_engine)
-        self._set(stream.client, self.READ, stream.on_client)
+        self._set(stream.engine.fileno(), self.READ, stream.on_engine)
+        self._set(stream.client.fileno(), self.READ, stream.on_client)
         if stream.exchange.gone:
             self.end(stream, 'cancelled')
 
@@ -2349,8 +2381,8 @@ class Relay(threading.Thread):
         stream.exchange.held_up = True
         self._held.pop(stream, None)
         self._held[stream] = Deadline(self.write_timeout)
-        self._set(stream.engine, 0, on_nothing)
-        self._set(stream.client, self.READ | self.WRITE, stream.on_client)
+        self._set(stream.engine.fileno(), 0, on_nothing)
+        self._set(stream.client.fileno(), self.READ | self.WRITE, stream.on_client)
 
     def resume(self, stream: Stream) -> None:
         stream.exchange.held_up = False
@@ -2359,13 +2391,13 @@ class Relay(threading.Thread):
 
     def stop_reading(self, stream: Stream) -> None:
         """The client has pipelined more than is kept: it is only written to."""
-        self._set(stream.client, self.WRITE if stream.pending else 0, stream.on_client)
+        self._set(stream.client.fileno(), self.WRITE if stream.pending else 0, stream.on_client)
 
     def end(self, stream: Stream, result: str) -> None:
         if not stream.result:
             self._held.pop(stream, None)
-            self._set(stream.engine, 0, on_nothing)
-            self._set(stream.client, 0, on_nothing)
+            self._set(stream.engine.fileno(), 0, on_nothing)
+            self._set(stream.client.fileno(), 0, on_nothing)
             stream.exchange.held_up = False
             stream.result = result
             stream.exchange.wake()
@@ -2418,7 +2450,7 @@ class AdmissionQueue:
         """Refuses early, before a body is read. Raises GatewayError (429, 503)."""
         with self._lock:
             if self._closed:
-                raise self._shutting_down()
+                raise shutting_down()
             if self._is_full():
                 raise self._full('the queue is full: %d requests are waiting' % self._waiting)
             self._check_bytes(announced)
@@ -2443,7 +2475,7 @@ class AdmissionQueue:
         """Waits for a slot, which `release` gives back. Raises GatewayError (429, 503) and ClientGone."""
         with self._lock:
             if self._closed:
-                raise self._shutting_down()
+                raise shutting_down()
             if not self._waiting and self._slots.acquire(blocking=False):
                 return self._take(exchange)
             if self._is_full():
@@ -2473,7 +2505,7 @@ class AdmissionQueue:
             self._closed = True
             waiting = [exchange for line in self._lines.values() for exchange in line.tickets]
         for exchange in waiting:
-            exchange.refuse(self._shutting_down())
+            exchange.refuse(shutting_down())
 
     def reconfigure(self, config: QueueConfig) -> None:
         """More slots are handed out at once; fewer take effect as requests finish."""
@@ -2610,10 +2642,6 @@ class AdmissionQueue:
             return GatewayError('engine_not_ready', 'the engine did not become ready within %g s; try again in %d s'
                                 % (self._config.wait_timeout, retry), retry)
         return GatewayError('queue_timeout', 'no slot became free within %g s; try again in %d s' % (self._config.wait_timeout, retry), retry)
-
-    @staticmethod
-    def _shutting_down() -> GatewayError:
-        return GatewayError('shutting_down', 'the gateway is shutting down; try again soon', 5)
 
 
 class RequestBody:
@@ -2785,7 +2813,6 @@ class EnginePool:
 
     KEPT = 8
     SECONDS = 3.0
-    FRESH = 0.01        # seconds; whoever has been idle for less is not asked whether it is dead
 
     def __init__(self) -> None:
         self._parked: Deque[EngineConnection] = collections.deque()     # its own operations are atomic
@@ -2796,8 +2823,8 @@ class EnginePool:
                 connection = self._parked.pop()
             except IndexError:
                 return EngineConnection(address, generation)
-            idle = time.monotonic() - connection.parked
-            if connection.generation == generation and idle < self.SECONDS and (idle < self.FRESH or not connection.is_dead()):
+            if (connection.generation == generation and time.monotonic() - connection.parked < self.SECONDS
+                    and not connection.is_dead()):
                 return connection
             connection.close()
 
@@ -2850,6 +2877,7 @@ class Upstream:
 
     def __init__(self, watchdog: Watchdog) -> None:
         self._watchdog = watchdog
+        self._gate = watchdog.gate
         self.pool = EnginePool()
 
     @contextlib.contextmanager
@@ -2864,7 +2892,7 @@ class Upstream:
             yield answer
         finally:
             exchange.detach()
-            self._watchdog.leave(exchange)
+            self._gate.leave(exchange)
             if answer.reusable:
                 self.pool.give(answer.connection)
             else:
@@ -2875,35 +2903,34 @@ class Upstream:
         message = engine_head(head, len(body.data), exchange.id, config)
         try:
             while True:
-                generation = self._watchdog.enter(exchange, deadline, kind)
+                generation = self._gate.enter(exchange, deadline, kind, self._watchdog.not_ready)
                 if kind is not TryKind.SECOND:
                     exchange.queue_seconds = time.monotonic() - exchange.arrived
                 try:
                     return self._try(exchange, head.method, message, body.data, config, generation)
                 except EngineNotAccepting:      # it never had the request: this was no try
-                    self._watchdog.leave(exchange)
+                    self._gate.leave(exchange)
                     if deadline.expired:
-                        raise GatewayError('engine_not_ready', 'the engine accepts no connections; try again later',
-                                           self._watchdog.retry_after()) from None
-                    self._watchdog.await_death(exchange, generation)
+                        raise self._watchdog.not_ready() from None
+                    self._gate.await_death(exchange, generation)
                 except EngineBroke as error:
-                    self._watchdog.leave(exchange)
+                    self._gate.leave(exchange)
                     self._may_try_again(exchange, kind, error)
                     kind = TryKind.SECOND
-                    self._watchdog.queue_replay(exchange)
-                    self._watchdog.await_death(exchange, generation)
-                    self._watchdog.replay_turn(exchange)
+                    self._gate.queue_replay(exchange)
+                    self._gate.await_death(exchange, generation)
+                    self._gate.replay_turn(exchange)
                     deadline = Deadline(config.queue.wait_timeout)
                 except BaseException:
-                    self._watchdog.leave(exchange)
+                    self._gate.leave(exchange)
                     raise
         finally:
             if kind is TryKind.SECOND:
-                self._watchdog.end_replay(exchange)
+                self._gate.end_replay(exchange)
 
     def _may_try_again(self, exchange: Exchange, kind: TryKind, error: EngineBroke) -> None:
         if exchange.cut == 'shutting_down':
-            raise GatewayError('shutting_down', 'the gateway is shutting down; try again soon', 5) from None
+            raise shutting_down() from None
         log.warn('the engine broke a request', id=exchange.id, attempt=2 if kind is TryKind.SECOND else 1, error=str(error))
         if kind is TryKind.SECOND:
             raise GatewayError('engine_failed', 'the engine failed on this request twice (%s); it was not tried again' % error) from None
@@ -3325,6 +3352,10 @@ def body_too_large(server: ServerConfig) -> GatewayError:
     return GatewayError('body_too_large', 'the request body is larger than %d bytes (server.max_body)' % server.max_body)
 
 
+def too_many_headers() -> GatewayError:
+    return GatewayError('headers_too_large', 'more than %d headers' % HEADER_COUNT)
+
+
 class RequestReader:
     """Reads requests off a client's connection, within all limits."""
 
@@ -3346,25 +3377,27 @@ class RequestReader:
     def head(self, deadline: Deadline) -> Optional[RequestHead]:
         """The next request's head, None at end-of-file. Raises GatewayError (400, 408, 414, 431)."""
         connection = self._connection
-        forgiven = 2
+        forgiven, seen = 2, 0       # seen: bytes that were looked at; a trickled head is not read again from its start
         while True:
-            while forgiven and connection.buffer.startswith(FORGIVEN):
+            while forgiven and not seen and connection.buffer.startswith(FORGIVEN):
                 connection.buffer = connection.buffer[2:]
                 forgiven -= 1
-            end = connection.buffer.find(b'\r\n\r\n')
+            end = connection.buffer.find(b'\r\n\r\n', max(0, seen - 3))
             if end >= 0:
-                head, connection.buffer = connection.buffer[:end + 2], connection.buffer[end + 4:]
-                self._check_lines(head)
                 break
-            self._check_unfinished(connection.buffer)
+            self._check_unfinished(connection.buffer, max(0, seen - 1))
+            seen = len(connection.buffer) if len(connection.buffer) > 2 else 0
             if not self._read_on(deadline):
                 return None
+        head, connection.buffer = connection.buffer[:end + 2], connection.buffer[end + 4:]
+        if len(head) > LINE_LENGTH:
+            self._check_lines(head)
         try:
             parsed = parse_request_head(head)
         except Malformed as error:
             raise GatewayError('bad_request', 'malformed request: %s' % error) from None
         if len(parsed.names) > HEADER_COUNT:
-            raise GatewayError('headers_too_large', 'more than %d headers' % HEADER_COUNT)
+            raise too_many_headers()
         return parsed
 
     def _read_on(self, deadline: Deadline) -> bool:
@@ -3375,19 +3408,18 @@ class RequestReader:
 
     @staticmethod
     def _check_lines(head: bytes) -> None:
-        if len(head) <= LINE_LENGTH:
-            return
         first, *others = head.split(b'\r\n')
         if len(first) > LINE_LENGTH:
             raise GatewayError('uri_too_long', 'the request line is longer than %d bytes' % LINE_LENGTH)
         if len(head) > HEAD_LENGTH or any(len(line) > LINE_LENGTH for line in others):
             raise GatewayError('headers_too_large', 'a header is longer than %d bytes, or all together than %d' % (LINE_LENGTH, HEAD_LENGTH))
 
-    def _check_unfinished(self, head: bytes) -> None:
-        self._check_lines(head)
+    def _check_unfinished(self, head: bytes, seen: int) -> None:
+        if len(head) > HEAD_LENGTH or len(head) - head.rfind(b'\n') > LINE_LENGTH:
+            self._check_lines(head)
         if head.count(b'\n') > HEADER_COUNT + 1:
-            raise GatewayError('headers_too_large', 'more than %d headers' % HEADER_COUNT)
-        if _NOT_IN_A_HEAD.search(head):     # would never end otherwise: bare line feeds, or TLS
+            raise too_many_headers()
+        if _NOT_IN_A_HEAD.search(head, seen):       # it would never end otherwise: bare line feeds, or TLS
             raise GatewayError('bad_request', 'malformed request: a control character, a bare CR or a bare LF')
 
     def body(self, head: RequestHead, body: RequestBody, server: ServerConfig) -> None:
@@ -3635,6 +3667,14 @@ class GatewayParts:
 _REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 
 
+_REQUEST_IDS = itertools.count(1)
+_REQUEST_ID_PREFIX = '%x-%x-' % (int(time.time()), os.getpid())     # no getrandom a request
+
+
+def new_request_id() -> str:
+    return _REQUEST_ID_PREFIX + '%x' % next(_REQUEST_IDS)
+
+
 def render_head(status: int, lines: Sequence[str]) -> bytes:
     """The head of an answer of the gateway's own."""
     return ('HTTP/1.1 %d %s\r\nServer: gollama\r\n%s\r\n\r\n' % (status, _REASONS.get(status, ''), '\r\n'.join(lines))).encode('latin-1')
@@ -3657,7 +3697,7 @@ class GatewayServer(http.server.ThreadingHTTPServer):
         self.address_family, address = listening_socket_family(host, port)
         self.connections = gateway.connections
         self._refused: Deque[Tuple[float, socket.socket]] = collections.deque()
-        super().__init__(address, handler)      # type: ignore[arg-type]
+        super().__init__(address, handler)
 
     def server_bind(self) -> None:
         """Without http.server's look-up of the host's name, which can hang."""
@@ -3696,8 +3736,8 @@ class GatewayServer(http.server.ThreadingHTTPServer):
         body = error.body()
         request.setblocking(False)
         try:
-            request.send(render_head(error.status, ['Content-Type: application/json', 'Content-Length: %d' % len(body),
-                                                    'Retry-After: 1', 'Connection: close']) + body)
+            request.send(render_head(error.status, ['Content-Type: application/json', 'Content-Length: %d' % len(body), 'Retry-After: 1',
+                                                    'Connection: close', 'X-Request-Id: ' + new_request_id()]) + body)
             request.shutdown(socket.SHUT_WR)
         except OSError:
             pass
@@ -3725,8 +3765,6 @@ class GatewayServer(http.server.ThreadingHTTPServer):
 # ---------------------------------------------------------------------------------------------
 # HTTP front: answering
 
-_REQUEST_IDS = itertools.count(1)
-_REQUEST_ID_PREFIX = '%x-%x-' % (int(time.time()), os.getpid())     # no getrandom a request
 
 
 # A JSON parser would recurse as deep as a hostile body likes, on a thread's small stack. Inside a
@@ -3770,7 +3808,7 @@ class Heartbeat:
             comment = b': waiting, position %d\n\n' % self._position()
             data = chunk(comment) if self._chunked else comment
             exchange = self._exchange
-            exchange.connection.send(data if exchange.head_sent else self._head + data)
+            exchange.send(data if exchange.head_sent else self._head + data)
             if not exchange.head_sent:
                 exchange.head_sent, exchange.status, exchange.first_byte = True, 200, time.monotonic()
             exchange.sent += len(comment)
@@ -3778,8 +3816,8 @@ class Heartbeat:
         return self._next.remaining()
 
 
-class GatewayHandler(socketserver.BaseRequestHandler):
-    """A client's connection: request after request, each from its head to its log line."""
+class Answering(socketserver.BaseRequestHandler):
+    """What leaves for a client: heads, answers of the gateway's own, errors."""
 
     server: GatewayServer
     client_address: ClientConnection
@@ -3791,6 +3829,68 @@ class GatewayHandler(socketserver.BaseRequestHandler):
         self.head: Optional[RequestHead] = None
         self.cors: List[str] = []
         self.unread = False         # bytes of the request are still to come
+
+    def _commit(self, exchange: Exchange, status: int) -> None:
+        if not exchange.head_sent:
+            exchange.head_sent, exchange.status, exchange.first_byte = True, status, time.monotonic()
+
+    def _forwarded_head(self, exchange: Exchange, head: AnswerHead, lines: List[str]) -> bytes:
+        assert self.head is not None
+        own = lines + self.cors + self._connection_lines(exchange)
+        passed = passed_on(head.names, head.headers, NOT_TO_CLIENT)
+        return b'HTTP/1.1 %d %s\r\n%s\r\n%s\r\n\r\n' % (head.status, head.reason, '\r\n'.join(own).encode('latin-1'), b'\r\n'.join(passed))
+
+    def _connection_lines(self, exchange: Exchange) -> List[str]:
+        self.keep_alive = self.keep_alive and not self.server.gateway.closing
+        lines = ['X-Request-Id: ' + exchange.id]
+        if not self.keep_alive:
+            lines.append('Connection: close')
+        elif self.head is not None and not self.head.version11:
+            lines.append('Connection: keep-alive')
+        return lines
+
+    def _answer(self, exchange: Exchange, status: int, body: bytes, lines: Sequence[str]) -> None:
+        """An answer of the gateway's own."""
+        head = self.head
+        self.keep_alive = self.keep_alive and not self.unread
+        all_lines = [*lines, *self.cors, *self._connection_lines(exchange)]
+        if status != 204:
+            all_lines.insert(0, 'Content-Length: %d' % len(body))
+        exchange.status = status
+        exchange.outcome = exchange.outcome or ('ok' if status < 400 else 'failed' if status in (500, 502) else 'refused')
+        if head is not None and head.method == 'HEAD':
+            body = b''
+        self._commit(exchange, status)
+        exchange.sent = len(body)
+        exchange.send(render_head(status, all_lines) + body)
+
+    def _answer_json(self, exchange: Exchange, status: int, value: object) -> None:
+        self._answer(exchange, status, json.dumps(value, separators=(',', ':')).encode(), ['Content-Type: application/json'])
+
+    def _answer_error(self, exchange: Exchange, error: GatewayError) -> None:
+        answered, exchange.outcome = exchange.outcome, 'failed' if error.status in (500, 502) else 'refused'
+        if exchange.head_sent:
+            self.keep_alive = False
+            return None if answered else self._end_with_error_event(exchange, error)
+        lines = ['Content-Type: application/json', *error.headers]
+        if error.retry_after:
+            lines.append('Retry-After: %d' % error.retry_after)
+        try:
+            self._answer(exchange, error.status, error.body(), lines)
+        except ClientGone:
+            self.keep_alive = self.unread = False
+
+    def _end_with_error_event(self, exchange: Exchange, error: GatewayError) -> None:
+        """After heartbeats: an error event, and no end mark."""
+        event = b'data: ' + error.body() + b'\n\n'
+        try:
+            exchange.send(chunk(event) if self.head is not None and self.head.version11 else event)
+        except ClientGone:
+            pass
+
+
+class GatewayHandler(Answering):
+    """A client's connection: request after request, each from its head to its log line."""
 
     def handle(self) -> None:
         while self.keep_alive and self.reader.wait_for_request(Deadline(self.server.gateway.config.server.idle_timeout)):
@@ -3805,7 +3905,7 @@ class GatewayHandler(socketserver.BaseRequestHandler):
         """One request, whatever becomes of it. The configuration is that of its beginning."""
         gateway = self.server.gateway
         config = gateway.config
-        exchange = Exchange(self.connection, gateway.relay, _REQUEST_ID_PREFIX + '%x' % next(_REQUEST_IDS))
+        exchange = Exchange(self.connection, gateway.relay, new_request_id())
         self.head, self.cors, self.keep_alive, self.unread = None, [], False, True
         body = RequestBody(gateway.queue)
         try:
@@ -3813,6 +3913,9 @@ class GatewayHandler(socketserver.BaseRequestHandler):
             if self.head is None:
                 self.unread = False
                 return
+            self.unread = self.head.has_body
+            if not self.unread:
+                self._complete()
             self._route(exchange, self.head, body, config)
         except ClientGone:
             self.keep_alive = self.unread = False
@@ -3829,6 +3932,13 @@ class GatewayHandler(socketserver.BaseRequestHandler):
                 self._account(exchange)
             self.server.gateway.connections.ended(self.connection)
 
+    def _complete(self) -> None:
+        """The request has arrived whole."""
+        assert self.head is not None
+        self.unread = False
+        self.keep_alive = self.head.keep_alive
+        self.server.gateway.connections.began(self.connection)
+
     # -- routes
 
     def _route(self, exchange: Exchange, head: RequestHead, body: RequestBody, config: Config) -> None:
@@ -3839,12 +3949,13 @@ class GatewayHandler(socketserver.BaseRequestHandler):
         given = head.fields.get(b'x-request-id')
         if given and REQUEST_ID.fullmatch(given):
             exchange.id = given.decode()
-        self.unread = head.chunked or head.length > 0
         forwarded = head.path not in OWN_PATHS and head.path.startswith(config.server.forward)
         exchange.counted = forwarded and head.method in ('GET', 'HEAD', 'POST')
         origin = rules.allowed_origin(head)
         if origin:
             self.cors = rules.cors(origin)
+        if head.fault:
+            raise GatewayError('bad_request', 'malformed request: %s' % head.fault)
         rules.check_origin(head)
         if head.path not in ('/healthz', '/livez'):
             rules.check_host(head)
@@ -3888,16 +3999,15 @@ class GatewayHandler(socketserver.BaseRequestHandler):
         """The journey of a request; see the module's docstring."""
         gateway = self.server.gateway
         if gateway.closing:
-            raise GatewayError('shutting_down', 'the gateway is shutting down; try again soon', 5)
+            raise shutting_down()
         if head.length > config.server.max_body:
             raise body_too_large(config.server)
         takes_slot = head.method == 'POST'
         if takes_slot:
             gateway.queue.check_room(head.length)
         self.reader.body(head, body, config.server)
-        self.unread = False
-        self.server.gateway.connections.began(self.connection)
-        self.keep_alive = head.keep_alive
+        if self.unread:
+            self._complete()
         exchange.arrived = time.monotonic()
         deadline = Deadline(config.queue.wait_timeout)
         if config.queue.heartbeat and takes_slot:
@@ -3927,10 +4037,10 @@ class GatewayHandler(socketserver.BaseRequestHandler):
         self._commit(exchange, answer.head.status)
         data = self._forwarded_head(exchange, answer.head, [])
         if len(body) <= SMALL_BODY:
-            self.connection.send(data + body)
+            exchange.send(data + body)
         else:
-            self.connection.send(data)
-            self.connection.send(body)
+            exchange.send(data)
+            exchange.send(body)
         exchange.sent = len(body)
         read_usage(exchange, body if len(body) <= 2 * USAGE_WITHIN else body[:USAGE_WITHIN] + body[-USAGE_WITHIN:])
 
@@ -3939,7 +4049,7 @@ class GatewayHandler(socketserver.BaseRequestHandler):
         assert self.head is not None
         body = answer.whole or b''
         event = b'data: ' + body.replace(b'\r', b'').replace(b'\n', b' ') + b'\n\n'
-        self.connection.send(chunk(event) + END_OF_CHUNKS if self.head.version11 else event)
+        exchange.send(chunk(event) + END_OF_CHUNKS if self.head.version11 else event)
         self.keep_alive = self.keep_alive and self.head.version11
         exchange.sent += len(event)
         read_usage(exchange, body[-USAGE_WITHIN:])
@@ -3952,7 +4062,7 @@ class GatewayHandler(socketserver.BaseRequestHandler):
         data = b'' if exchange.head_sent else self._forwarded_head(exchange, answer.head, lines)
         self._commit(exchange, answer.head.status)
         first, answer.connection.buffer = answer.connection.buffer, b''
-        self.connection.send(data + (stream.advance(first) if first else b''))
+        exchange.send(data + (stream.advance(first) if first else b''))
         if not answer.connection.waited:
             self._copy_briefly(stream)
         if stream.ending:
@@ -3983,7 +4093,7 @@ class GatewayHandler(socketserver.BaseRequestHandler):
                 return
             except OSError:
                 data = b''
-            self.connection.send(stream.advance(data))
+            stream.exchange.send(stream.advance(data))
 
     def _relay(self, exchange: Exchange, stream: Stream) -> None:
         exchange.rearm()
@@ -4006,27 +4116,6 @@ class GatewayHandler(socketserver.BaseRequestHandler):
         elif stream.event_stream and _ERROR_EVENT.search(stream.recent):
             exchange.outcome = 'failed'
 
-    # -- answers
-
-    def _commit(self, exchange: Exchange, status: int) -> None:
-        if not exchange.head_sent:
-            exchange.head_sent, exchange.status, exchange.first_byte = True, status, time.monotonic()
-
-    def _forwarded_head(self, exchange: Exchange, head: AnswerHead, lines: List[str]) -> bytes:
-        assert self.head is not None
-        own = lines + self.cors + self._connection_lines(exchange)
-        passed = passed_on(head.names, head.headers, NOT_TO_CLIENT)
-        return b'HTTP/1.1 %d %s\r\n%s\r\n%s\r\n\r\n' % (head.status, head.reason, '\r\n'.join(own).encode('latin-1'), b'\r\n'.join(passed))
-
-    def _connection_lines(self, exchange: Exchange) -> List[str]:
-        self.keep_alive = self.keep_alive and not self.server.gateway.closing
-        lines = ['X-Request-Id: ' + exchange.id]
-        if not self.keep_alive:
-            lines.append('Connection: close')
-        elif self.head is not None and not self.head.version11:
-            lines.append('Connection: keep-alive')
-        return lines
-
     def _heartbeat(self, exchange: Exchange, head: RequestHead, body: RequestBody, interval: float) -> Callable[[], float]:
         lines = ['Content-Type: text/event-stream', 'Cache-Control: no-cache', 'X-Accel-Buffering: no'] + self.cors
         if head.version11:
@@ -4036,45 +4125,6 @@ class GatewayHandler(socketserver.BaseRequestHandler):
         text = render_head(200, lines + self._connection_lines(exchange))
         queue = self.server.gateway.queue
         return Heartbeat(exchange, interval, bool(WANTS_STREAM.search(body.data)), lambda: queue.position(exchange), text, head.version11)
-
-    def _answer(self, exchange: Exchange, status: int, body: bytes, lines: Sequence[str]) -> None:
-        """An answer of the gateway's own."""
-        head = self.head
-        self.keep_alive = head is not None and head.keep_alive and not self.unread
-        all_lines = [*lines, *self.cors, *self._connection_lines(exchange)]
-        if status != 204:
-            all_lines.insert(0, 'Content-Length: %d' % len(body))
-        exchange.status = status
-        exchange.outcome = exchange.outcome or ('ok' if status < 400 else 'failed' if status in (500, 502) else 'refused')
-        if head is not None and head.method == 'HEAD':
-            body = b''
-        self._commit(exchange, status)
-        exchange.sent = len(body)
-        self.connection.send(render_head(status, all_lines) + body)
-
-    def _answer_json(self, exchange: Exchange, status: int, value: object) -> None:
-        self._answer(exchange, status, json.dumps(value, separators=(',', ':')).encode(), ['Content-Type: application/json'])
-
-    def _answer_error(self, exchange: Exchange, error: GatewayError) -> None:
-        answered, exchange.outcome = exchange.outcome, 'failed' if error.status in (500, 502) else 'refused'
-        if exchange.head_sent:
-            self.keep_alive = False
-            return None if answered else self._end_with_error_event(exchange, error)
-        lines = ['Content-Type: application/json', *error.headers]
-        if error.retry_after:
-            lines.append('Retry-After: %d' % error.retry_after)
-        try:
-            self._answer(exchange, error.status, error.body(), lines)
-        except ClientGone:
-            self.keep_alive = self.unread = False
-
-    def _end_with_error_event(self, exchange: Exchange, error: GatewayError) -> None:
-        """After heartbeats: an error event, and no end mark."""
-        event = b'data: ' + error.body() + b'\n\n'
-        try:
-            self.connection.send(chunk(event) if self.head is not None and self.head.version11 else event)
-        except ClientGone:
-            pass
 
     def _account(self, exchange: Exchange) -> None:
         """The access line and the counters."""
@@ -4351,7 +4401,7 @@ class Gateway(GatewayParts, WatchdogListener):
         self._notifier.tell('STOPPING=1', 'STATUS=draining')
         log.info('stopping', signal=why, in_flight=self.connections.busy)
         self.queue.close()
-        self.watchdog.close()
+        self.watchdog.gate.close()
         deadline = Deadline(self.config.server.drain_timeout)
         if self.connections.busy:
             say('stopping: %d requests are in progress, waiting for them (Ctrl-C again: stop at once)' % self.connections.busy)
@@ -4376,8 +4426,7 @@ class Gateway(GatewayParts, WatchdogListener):
         return True
 
     def _end(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self._server.server_close()     # its thread may wait half a second in poll; it ends with the process
         self.watchdog.stop(kill=True)
         self.watchdog.ended.wait(5)
         self.relay.close()
@@ -4418,7 +4467,7 @@ class Gateway(GatewayParts, WatchdogListener):
     def engine_changed(self, state: EngineState, detail: str) -> None:
         if state is EngineState.READY:
             self._notifier.ready('ready')
-            if self.watchdog.generation == 1:
+            if self.watchdog.gate.generation == 1:
                 say('the engine is ready after %s s; try it:\n  %s' % (detail, self._curl()))
             else:
                 say('the engine is ready again after %s s' % detail)
@@ -4426,7 +4475,7 @@ class Gateway(GatewayParts, WatchdogListener):
         elif state is EngineState.STARTING:
             say('starting the engine (%s) and waiting until its model is loaded' % detail)
             self._notifier.sign_of_life(self.config.engine.start_timeout)
-        elif state in (EngineState.DIED, EngineState.HUNG) and self.watchdog.generation:
+        elif state in (EngineState.DIED, EngineState.HUNG) and self.watchdog.gate.generation:
             say('the engine %s (%s); it is started again' % (state.value, detail.partition('\n')[0]))
             self._notifier.tell('STATUS=the engine %s, restarting' % state.value)
 

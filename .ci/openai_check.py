@@ -32,18 +32,22 @@ def gateway():
         config = pathlib.Path(directory, 'config.json')
         config.write_text(json.dumps({'server': {'addr': f'127.0.0.1:{port}', 'api_keys': {'sdk': KEY}},
                                       'queue': {'max_concurrency': 1, 'max_waiting': 0}}))
-        process = subprocess.Popen([sys.executable, str(GOLLAMA), '--config', str(config), '--demo'], cwd=directory,
-                                   env={**os.environ, 'GOLLAMA_DEMO_DELAY': '0.05'})
+        output = pathlib.Path(directory, 'output')
+        with output.open('wb') as out:
+            process = subprocess.Popen([sys.executable, str(GOLLAMA), '--config', str(config), '--demo'], cwd=directory,
+                                       stdout=out, stderr=out, env={**os.environ, 'GOLLAMA_DEMO_DELAY': '0.05'})
         try:
             wait_until_ready(process, f'http://127.0.0.1:{port}/healthz')
             yield f'http://127.0.0.1:{port}/v1'
-        finally:
             process.terminate()
-            try:
-                assert process.wait(30) == 0, process.returncode
-            finally:
-                process.kill()      # nothing, where it has ended
-                process.wait()
+            assert process.wait(30) == 0, process.returncode
+            assert 'Traceback' not in output.read_text(), 'a traceback'
+        except BaseException:
+            print(output.read_text(), file=sys.stderr)
+            raise
+        finally:
+            process.kill()      # nothing, where it has ended
+            process.wait()
 
 
 def wait_until_ready(process, url):
