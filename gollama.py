@@ -775,7 +775,7 @@ class Log:
         """One event is one line, whatever a client or the engine sends."""
         if LEVELS.index(level) < self._level:
             return
-        line = 'time=%s level=%s msg=%s' % (self._time(), level.upper(), logfmt_value(message))
+        line = 'time=%s level=%s msg=%s' % (self.time(), level.upper(), logfmt_value(message))
         data = ((line + ' ' + logfmt(fields) if fields else line) + '\n').encode('utf-8', 'backslashreplace')
         if self._stderr:
             self._to_stderr(self._stderr, data)
@@ -801,7 +801,8 @@ class Log:
         """An error with the traceback of the exception that is being handled."""
         self.error(message, **fields, traceback=traceback.format_exc())
 
-    def _time(self) -> str:
+    def time(self) -> str:
+        """Now, as it stands in the log."""
         now = time.time()
         second, prefix, zone = self._second
         if int(now) != second:
@@ -2198,15 +2199,19 @@ class Stream:
 
     def advance(self, data: bytes) -> bytes:
         """What the client gets for bytes of the engine's, or for its end-of-file; `ending` is set when they are the last."""
+        body = self.body
         try:
             if data:
-                out = self._translated(self.body.feed(data))
+                out = body.feed(data)
             else:
-                self.body.end_of_file()
-                if not self.body.done:
-                    raise Malformed('it hung up')
-                out = END_OF_CHUNKS if self.translate == 'encode' else b''
-            self.ending = 'ok' if self.body.done else ''
+                out = b''
+                body.end_of_file()
+            if self.translate != 'raw' or body.payload is not None:
+                out = self._translated(out)
+            if body.done:
+                self.ending = 'ok'
+            elif not data:
+                raise Malformed('it hung up')
         except Malformed as error:
             self.ending, self.fault = 'truncated', str(error)
             out = self._error_event() if self.event_stream else b''
@@ -2215,8 +2220,6 @@ class Stream:
         return out
 
     def _translated(self, out: bytes) -> bytes:
-        if self.body.payload is None and self.translate == 'raw':
-            return out
         payload = self.body.take_payload() if self.body.payload is not None else out
         if self.exchange.heard and not only_comments(payload):
             self.exchange.heard()
@@ -2320,22 +2323,22 @@ class Relay(threading.Thread):
         self._set(self._wakened.fileno(), self.READ, lambda events: self._wakened.recv(4096))
         while not self._closed:
             for key, events in self._selector.select(self._patience() if self._held else None):
-                self._do(key.data, events)
+                try:
+                    key.data(events)
+                except Exception:       # a fault in one stream is not the others'
+                    log.exception('internal error in the relay')
             if self._held:
                 self._end_stalled()
             self._asleep = True     # before the box is emptied: a letter that comes now rings
             while self._mail:
-                self._do(*self._mail.popleft())
+                what, argument = self._mail.popleft()
+                try:
+                    what(argument)
+                except Exception:
+                    log.exception('internal error in the relay')
         self._selector.close()
         self._waker.close()
         self._wakened.close()
-
-    @staticmethod
-    def _do(what: Callable[[Any], object], argument: Any) -> None:
-        try:
-            what(argument)
-        except Exception:       # a fault in one stream is not the others'
-            log.exception('internal error in the relay')
 
     def _patience(self) -> Optional[float]:
         """Seconds until the first held stream has to be given up."""
@@ -2673,6 +2676,8 @@ class RequestBody:
 
 WHOLE_ANSWER = 32 * 1024 ** 2   # bytes; an answer of up to this announced length is passed on when it has arrived whole
 RELAY_AFTER = 0.02              # seconds; the relay is told only of requests that last: telling it wakes a thread
+DONT_WAIT = int(getattr(socket, 'MSG_DONTWAIT', 0))     # not on Windows
+PEEK_NOW = int(socket.MSG_PEEK) | DONT_WAIT
 SMALL_BODY = 65536              # bytes; up to here head and body leave in one call, and fit into a socket's buffer
 
 # What does not go on to the engine beside the hop-by-hop headers: what is rewritten, what would
@@ -2728,7 +2733,7 @@ class EngineConnection(http.client.HTTPConnection):
     def is_dead(self) -> bool:
         """Whether the engine has closed it while it was idle (or sent what nobody asked for)."""
         try:
-            self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            self.sock.recv(1, PEEK_NOW)
         except BlockingIOError:
             return False
         except OSError:
@@ -2813,6 +2818,7 @@ class EnginePool:
 
     KEPT = 8
     SECONDS = 3.0
+    FRESH = 0.001       # seconds; who was parked this very moment is not asked whether it is dead
 
     def __init__(self) -> None:
         self._parked: Deque[EngineConnection] = collections.deque()     # its own operations are atomic
@@ -2823,13 +2829,13 @@ class EnginePool:
                 connection = self._parked.pop()
             except IndexError:
                 return EngineConnection(address, generation)
-            if (connection.generation == generation and time.monotonic() - connection.parked < self.SECONDS
-                    and not connection.is_dead()):
+            idle = time.monotonic() - connection.parked
+            if connection.generation == generation and idle < self.SECONDS and (idle < self.FRESH or not connection.is_dead()):
                 return connection
             connection.close()
 
     def give(self, connection: EngineConnection) -> None:
-        if connection.buffer or not hasattr(socket, 'MSG_DONTWAIT'):     # then nobody could tell later whether it is dead
+        if connection.buffer or not DONT_WAIT:     # then nobody could tell later whether it is dead
             return connection.close()
         connection.make_reusable()
         connection.parked = time.monotonic()
@@ -3012,7 +3018,7 @@ class Metrics:
                 self._first_byte.observe(exchange.first_byte - exchange.started)
             self._tokens['prompt'] += exchange.prompt_tokens or 0
             self._tokens['completion'] += exchange.tokens or 0
-            self._recent.append(fields)
+            self._recent.append({'time': log.time(), **fields})
             minute = self._this_minute()
             minute['requests'] += 1
             minute['tokens'] += exchange.tokens or 0
@@ -3062,12 +3068,12 @@ class Metrics:
 
 _USAGE = re.compile(rb'(?<!\\)"(completion_tokens|predicted_n|prompt_tokens|prompt_n)"\s*:\s*(\d{1,12})')
 _ERROR_EVENT = re.compile(rb'^(?:data: ?\{\s*"error"\s*:|error: ?\{)', re.MULTILINE)
-USAGE_WITHIN = 4096     # bytes at either end of a whole answer where usage is looked for
 
 
 def read_usage(exchange: Exchange, text: bytes) -> None:
     """Takes the token counts from the engine's `usage` or `timings`; the last ones count."""
-    for name, count in _USAGE.findall(text):
+    at = max(text.rfind(b'"usage"'), text.rfind(b'"timings"'))
+    for name, count in _USAGE.findall(text, at) if at >= 0 else ():
         if name in (b'completion_tokens', b'predicted_n'):
             exchange.tokens = int(count)
         else:
@@ -3208,7 +3214,6 @@ function put(id, ...children) {
   if (!fresh.isEqualNode($(id))) $(id).replaceChildren(...fresh.childNodes);
 }
 const row = (...cells) => element('tr', {}, ...cells.map(cell => cell instanceof Node ? cell : element('td', {}, cell)));
-
 function show(state) {
   const [colour, word, meaning] = states[state] || ['dim', state, ''];
   $('state').className = 'state ' + colour;
@@ -3219,11 +3224,11 @@ function show(state) {
   $('ask').hidden = state !== 'locked';
   $('facts').hidden = $('view').hidden = state === 'locked' || state === 'gone' && $('view').hidden;
 }
-function draw({version, uptime_seconds, engine, queue, requests, tokens, recent, minutes = []}) {
-  show(engine.state);
+function draw({version, uptime_seconds, engine, queue, requests, tokens, recent, minutes, draining, now = Date.now() / 1000}) {
+  show(draining ? 'stopping' : engine.state);
   put('version', version + ', up for ' + span(uptime_seconds));
   put('facts', ...Object.entries({
-    'Since': clock(Date.now() / 1000 - engine.state_seconds) + ' (' + span(engine.state_seconds) + ')',
+    'Since': clock(now - engine.state_seconds) + ' (' + span(engine.state_seconds) + ')',
     'Start took': short(engine.ready_seconds && engine.ready_seconds * 1000),
     'Restarts': count(engine.restarts), 'Last exit': engine.last_exit || 'none', 'Process': engine.pid || '–',
   }).map(([name, value]) => element('div', {}, element('dt', {}, name), element('dd', {}, value))));
@@ -3234,8 +3239,8 @@ function draw({version, uptime_seconds, engine, queue, requests, tokens, recent,
   put('outcomes', outcomes.map(name => count(requests[name]) + ' ' + name).join(', '));
   put('written', count(tokens.completion));
   put('read', count(tokens.prompt) + ' read in prompts');
-  chart('requests', minutes);
-  chart('tokens', minutes);
+  chart('requests', minutes, now);
+  chart('tokens', minutes, now);
   put('recent', ...recent.length ? recent.reverse().map(request) : [row(element('td', {colSpan: 9}, 'none yet'))]);
   const clients = Object.entries(queue.clients).map(([name, its]) => row(name, count(its.in_flight), count(its.waiting)));
   put('clients', ...clients.length ? clients : [row(element('td', {colSpan: 3}, 'nobody'))]);
@@ -3245,14 +3250,14 @@ function level(id, value, limit) {
   put(id, count(value) + ' of ' + count(limit));
   $(id + '-level').style.width = 100 * value / (limit || 1) + '%';
 }
-function chart(name, minutes) {
-  const last = minutes.length ? minutes[minutes.length - 1].at : 0, bars = new Array(15).fill(0);
-  for (const minute of minutes) bars[14 - Math.round((last - minute.at) / 60)] = minute[name];
+function chart(name, minutes, now) {
+  const first = Math.floor(now / 60) - 14, bars = new Array(15).fill(0);
+  for (const minute of minutes) bars[Math.floor(minute.at / 60) - first] = minute[name];
   const peak = Math.max(...bars);
   put(name + '-peak', 'highest: ' + count(peak));
   $(name + '-chart').ariaLabel = name + ' a minute, oldest first: ' + bars.join(', ');
   put(name + '-chart', ...bars.map((n, i) => element('i', {
-    title: clock(last - 60 * (14 - i)) + ': ' + count(n), style: 'height: ' + 100 * n / (peak || 1) + '%',
+    title: clock(60 * (first + i)) + ': ' + count(n), style: 'height: ' + 100 * n / (peak || 1) + '%',
   })));
 }
 function request(r) {
@@ -3313,7 +3318,8 @@ $('try-form').onsubmit = async event => {
   put('send', 'Stop');
   put('note', 'Waiting…');
   const content = $('prompt').value || $('prompt').placeholder;
-  put('note', await answer(content).catch(fault => fault.name === 'AbortError' ? 'Stopped.' : fault.message));
+  const told = {AbortError: 'Stopped.', TypeError: 'The connection was lost.'};
+  put('note', await answer(content).catch(fault => told[fault.name] || fault.message));
   running = null;
   put('send', 'Send');
 };
@@ -3776,7 +3782,8 @@ def status_report(gateway: GatewayParts) -> Dict[str, Any]:
     """What /status says."""
     metrics = gateway.metrics.status()
     return {'version': __version__, 'uptime_seconds': metrics.pop('uptime_seconds'), 'engine': gateway.watchdog.status(),
-            'queue': gateway.queue.status(), 'connections': gateway.connections.count, **metrics}
+            'queue': gateway.queue.status(), 'connections': gateway.connections.count, 'draining': gateway.closing,
+            'now': round(time.time(), 3), **metrics}
 
 
 def metrics_text(gateway: GatewayParts) -> str:
@@ -4042,7 +4049,7 @@ class GatewayHandler(Answering):
             exchange.send(data)
             exchange.send(body)
         exchange.sent = len(body)
-        read_usage(exchange, body if len(body) <= 2 * USAGE_WITHIN else body[:USAGE_WITHIN] + body[-USAGE_WITHIN:])
+        read_usage(exchange, body)
 
     def _pass_as_event(self, exchange: Exchange, answer: EngineAnswer) -> None:
         """A plain answer for somebody who has had heartbeats already."""
@@ -4052,7 +4059,7 @@ class GatewayHandler(Answering):
         exchange.send(chunk(event) + END_OF_CHUNKS if self.head.version11 else event)
         self.keep_alive = self.keep_alive and self.head.version11
         exchange.sent += len(event)
-        read_usage(exchange, body[-USAGE_WITHIN:])
+        read_usage(exchange, body)
 
     def _pass_stream(self, exchange: Exchange, head: RequestHead, answer: EngineAnswer) -> None:
         """The head and what came with it leave at once; the relay copies the rest."""
@@ -4335,9 +4342,11 @@ class Mailbox:
                 return signal.Signals(number).name, ''
         return self._posted.popleft() if self._posted else ('nothing', '')
 
-    def close(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            signal.set_wakeup_fd(-1)
+    def close(self, *names: str) -> None:
+        """Signals are ignored from now on: an interpreter that ends would give them their default action back."""
+        for name in names:
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+        signal.set_wakeup_fd(-1)
         self._reader.close()
         self._writer.close()
 
@@ -4432,7 +4441,7 @@ class Gateway(GatewayParts, WatchdogListener):
         self.relay.close()
         self.relay.join(1)
         self.upstream.pool.expire(-1)
-        self.mailbox.close()
+        self.mailbox.close('SIGTERM', 'SIGINT')
 
     def _reload(self) -> None:
         try:
