@@ -2495,7 +2495,10 @@ class AdmissionQueue:
             self._settle(exchange, sys.exc_info()[0] is not None)
 
     def release(self, exchange: Exchange) -> None:
+        """Gives the slot on, where it was not given on already."""
         with self._lock:
+            if exchange not in self._running:
+                return
             held = time.monotonic() - self._running.pop(exchange)
             self._service_seconds += (held - self._service_seconds) / 8
             successor = self._hand_over()
@@ -2890,19 +2893,26 @@ class Upstream:
     def answer(self, exchange: Exchange, head: RequestHead, body: RequestBody, config: Config, deadline: Deadline) -> Iterator[EngineAnswer]:
         """Yields the engine's answer: the commit point. Up to there a try that breaks is followed by a second one.
 
-        Raises GatewayError: 502 when it broke twice, 503 and 429 at the deadline.
+        A whole answer has left the engine by then. Raises GatewayError: 502 when it broke twice, 503 and 429 at the deadline.
         """
         answer = self._obtain(exchange, head, body, config, deadline)
         body.release()      # it will not be sent again
+        if answer.whole is not None:
+            self._part(exchange, answer)
         try:
             yield answer
         finally:
-            exchange.detach()
-            self._gate.leave(exchange)
-            if answer.reusable:
-                self.pool.give(answer.connection)
-            else:
-                answer.connection.close()
+            if answer.whole is None:
+                self._part(exchange, answer)
+
+    def _part(self, exchange: Exchange, answer: EngineAnswer) -> None:
+        """The engine is done with it."""
+        exchange.detach()
+        if answer.reusable:
+            self.pool.give(answer.connection)
+        else:
+            answer.connection.close()
+        self._gate.leave(exchange)
 
     def _obtain(self, exchange: Exchange, head: RequestHead, body: RequestBody, config: Config, deadline: Deadline) -> EngineAnswer:
         kind = TryKind.FIRST if head.method == 'POST' else TryKind.LIGHT
@@ -4030,6 +4040,8 @@ class GatewayHandler(Answering):
     def _exchange(self, exchange: Exchange, head: RequestHead, body: RequestBody, config: Config, deadline: Deadline) -> None:
         with self.server.gateway.upstream.answer(exchange, head, body, config, deadline) as answer:
             # ---- the commit point ----
+            if answer.whole is not None:
+                self.server.gateway.queue.release(exchange)     # the engine is free: the next one need not wait for this client
             exchange.well_answered = answer.head.status < 400
             exchange.outcome = 'ok' if answer.head.status < 500 else 'failed'
             if exchange.head_sent and not answer.head.event_stream:
