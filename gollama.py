@@ -2680,6 +2680,7 @@ class RequestBody:
 WHOLE_ANSWER = 32 * 1024 ** 2   # bytes; an answer of up to this announced length is passed on when it has arrived whole
 RELAY_AFTER = 0.02              # seconds; the relay is told only of requests that last: telling it wakes a thread
 DONT_WAIT = int(getattr(socket, 'MSG_DONTWAIT', 0))     # not on Windows
+BRIEFLY = 0.004                 # seconds of a stream that its own thread copies, before the relay takes over
 PEEK_NOW = int(socket.MSG_PEEK) | DONT_WAIT
 SMALL_BODY = 65536              # bytes; up to here head and body leave in one call, and fit into a socket's buffer
 
@@ -4104,7 +4105,7 @@ class GatewayHandler(Answering):
 
     def _copy_briefly(self, stream: Stream) -> None:
         """A stream that is over at once wakes no other thread: half of its time to the first token was that of its predecessor's end."""
-        until = Deadline(RELAY_AFTER)
+        until = Deadline(BRIEFLY)
         while not stream.ending and not until.expired:
             try:
                 data = stream.engine.recv(RECV_SIZE)
