@@ -67,7 +67,6 @@ import hmac
 import http
 import http.client
 import http.server
-import io
 import ipaddress
 import itertools
 import json
@@ -171,186 +170,126 @@ class StartError(Exception):
 # A parser takes the JSON value and returns what the program uses, or raises ValueError with
 # what it expected instead. Durations become seconds; "0s" as a limit becomes infinity.
 
-_DURATION_UNITS = {'ns': 1e-9, 'us': 1e-6, 'µs': 1e-6, 'ms': 1e-3, 's': 1.0, 'm': 60.0, 'h': 3600.0}
-_DURATION_PART = re.compile(r'(\d+\.?\d*|\.\d+)(ns|us|µs|ms|s|m|h)')
-_SIZE = re.compile(r'(\d+(?:\.\d+)?) ?(|B|KB|MB|GB)', re.IGNORECASE)
-_SIZE_UNITS = {'': 1, 'B': 1, 'KB': 1024, 'MB': 1024 ** 2, 'GB': 1024 ** 3}
-_AN_ADDRESS = 'host:port, such as "127.0.0.1:8081" or ":8081"'
-_A_DURATION = 'a duration such as "500ms", "30s" or "1m30s", or a number of seconds'
+Parser = Callable[[Any], Any]
+TEXT = r'[^\0]*[^\s\0][^\0]*'           # not blank
+SECRET = r'[!-~]([ -~]*[!-~])?'         # can stand in a header
+DURATION = r'([0-9]+\.?[0-9]*|\.[0-9]+)(ns|us|µs|ms|s|m|h)'
+DURATION_UNITS = {'ns': 1e-9, 'us': 1e-6, 'µs': 1e-6, 'ms': 1e-3, 's': 1.0, 'm': 60.0, 'h': 3600.0}
+SIZE_UNITS = {'': 1, 'B': 1, 'KB': 1024, 'MB': 1024 ** 2, 'GB': 1024 ** 3}
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def matches(pattern: str, value: object) -> Optional[re.Match[str]]:
+    return re.fullmatch(pattern, value) if isinstance(value, str) else None
 
 
-def parse_duration(value: object) -> float:
-    """Seconds of a duration in Go's form ("1m30s", see time.ParseDuration) or a plain number of seconds."""
-    if _is_number(value) and value >= 0:    # type: ignore[operator]
-        return float(value)                 # type: ignore[arg-type]
-    if isinstance(value, str):
-        if value == '0':
-            return 0.0
-        parts = _DURATION_PART.findall(value)
-        if parts and ''.join(number + unit for number, unit in parts) == value:
-            return math.fsum(float(number) * _DURATION_UNITS[unit] for number, unit in parts)
-    raise ValueError(_A_DURATION)
-
-
-def parse_limit(value: object) -> float:
-    """As parse_duration, where "0s" means without limit: infinity."""
-    return parse_duration(value) or math.inf
-
-
-def parse_size(value: object) -> int:
-    """Bytes of a size such as "64MB" (units of 1024) or a plain number of bytes."""
-    if isinstance(value, int) and _is_number(value) and value > 0:
-        return value
-    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
-    size = int(float(match.group(1)) * _SIZE_UNITS[match.group(2).upper()]) if match else 0
-    if size <= 0:
-        raise ValueError('a size such as "64MB", or a number of bytes')
-    return size
-
-
-def parse_count(least: int) -> Callable[[object], int]:
-    """A parser for whole numbers of at least `least`."""
-    def parse(value: object) -> int:
-        if isinstance(value, int) and not isinstance(value, bool) and value >= least:
+def checked(is_good: Callable[[Any], object], expected: str) -> Parser:
+    """A parser for values that are used as they stand."""
+    def parse(value: object) -> object:
+        if is_good(value):
             return value
-        raise ValueError('a whole number of at least %d' % least)
-    return parse
-
-
-def parse_positive(value: object) -> float:
-    """A number above 0."""
-    if _is_number(value) and value > 0:     # type: ignore[operator]
-        return float(value)                 # type: ignore[arg-type]
-    raise ValueError('a number above 0')
-
-
-def parse_text(value: object) -> str:
-    """A string that is not blank."""
-    if isinstance(value, str) and value.strip() and '\0' not in value:
-        return value
-    raise ValueError('a string that is not blank')
-
-
-def parse_optional_text(value: object) -> Optional[str]:
-    """A string that is not blank, or null."""
-    if value is None:
-        return None
-    try:
-        return parse_text(value)
-    except ValueError:
-        raise ValueError('a string that is not blank, or null') from None
-
-
-def parse_choice(*choices: str) -> Callable[[object], str]:
-    """A parser for one of a few words."""
-    def parse(value: object) -> str:
-        if isinstance(value, str) and value in choices:
-            return value
-        raise ValueError('one of ' + ', '.join('"%s"' % choice for choice in choices))
-    return parse
-
-
-def _parse_port(text: str, least: int, what: str) -> int:
-    if re.fullmatch(r'[0-9]{1,5}', text) and least <= int(text) <= 65535:
-        return int(text)
-    raise ValueError('%s with a port from %d to 65535' % (what, least))
-
-
-def parse_addr(value: object) -> Tuple[str, int]:
-    """(host, port) to listen on; an empty host is every interface, port 0 picks one."""
-    match = re.fullmatch(r'(\[[0-9A-Fa-f:.%\w]+\]|[^\s:\[\]/]*):([^:]*)', value) if isinstance(value, str) else None
-    if not match:
-        raise ValueError(_AN_ADDRESS)
-    return match.group(1).strip('[]'), _parse_port(match.group(2), 0, _AN_ADDRESS)
-
-
-def parse_base_url(value: object) -> Tuple[str, int]:
-    """(host, port) of "http://host:port"."""
-    expected = '"http://host:port", such as "http://127.0.0.1:8080"'
-    match = re.fullmatch(r'http://(\[[0-9A-Fa-f:.%\w]+\]|[^\s:\[\]/?#@]+)(?::([^:/]*))?/?', value) if isinstance(value, str) else None
-    if not match:
         raise ValueError(expected)
-    port = match.group(2)
-    return match.group(1).strip('[]'), 80 if port is None else _parse_port(port, 1, expected)
+    return parse
 
 
-def parse_pattern(value: object) -> 're.Pattern[str]':
-    """A regular expression."""
-    if isinstance(value, str):
-        try:
-            return re.compile(value)
-        except re.error as error:
-            raise ValueError('a regular expression (%s)' % error) from None
-    raise ValueError('a regular expression, as a string')
+def listed(pattern: str, expected: str, convert: Callable[[str], str] = str) -> Parser:
+    """A parser for lists of strings of one form."""
+    def parse(value: object) -> Tuple[str, ...]:
+        if not isinstance(value, list):
+            raise ValueError(expected)
+        wrong = [str(place) for place, item in enumerate(value, 1) if not matches(pattern, item)]
+        if wrong:
+            raise ValueError('%s; not so: item %s' % (expected, ', '.join(wrong)))
+        return tuple(convert(item) for item in value)
+    return parse
 
 
-def parse_health_path(value: object) -> str:
-    """A path of the engine's, or "" where it has none."""
-    if isinstance(value, str) and re.fullmatch(r'(/[!-~]*)?', value):
+def host_and_port(pattern: str, expected: str) -> Parser:
+    """A parser for (host, port), from the two groups of a pattern."""
+    def parse(value: object) -> Tuple[str, int]:
+        match = matches(pattern, value)
+        if match and int(match.group(2) or 80) <= 65535:
+            return match.group(1).strip('[]'), int(match.group(2) or 80)
+        raise ValueError(expected)
+    return parse
+
+
+def parse_duration(value: Any) -> float:
+    """Seconds of a duration in Go's form ("1m30s", see time.ParseDuration) or a plain number of seconds."""
+    if matches('0|(%s)+' % DURATION, value):
+        value = math.fsum(float(number) * DURATION_UNITS[unit] for number, unit in re.findall(DURATION, value))
+    if type(value) in (int, float) and 0 <= value < math.inf:
+        return float(min(value, 1e9))
+    raise ValueError('a duration such as "500ms", "30s" or "1m30s", or a number of seconds')
+
+
+def parse_limit(value: Any) -> float:
+    """As parse_duration, where "0s", and what is longer than the system's timers run (24 days), is infinity."""
+    seconds = parse_duration(value)
+    return seconds if 0 < seconds < 2e6 else math.inf
+
+
+def parse_size(value: Any) -> int:
+    """Bytes of a size such as "64MB" (units of 1024) or a plain number of bytes."""
+    match = matches(r'(?ai)(\d{1,15}(?:\.\d+)?) ?(|B|KB|MB|GB)', value)
+    size = int(float(match.group(1)) * SIZE_UNITS[match.group(2).upper()]) if match else value
+    if type(size) is int and size > 0:
+        return size
+    raise ValueError('a size such as "64MB", or a number of bytes')
+
+
+def parse_pattern(value: Any) -> re.Pattern[str]:
+    try:
+        return re.compile(value)
+    except TypeError:
+        raise ValueError('a regular expression, as a string') from None
+    except (re.error, OverflowError) as error:
+        raise ValueError('a regular expression (%s)' % error) from None
+
+
+def parse_env(value: object) -> Mapping[str, Optional[str]]:
+    if isinstance(value, dict) and all(matches(r'[^=\0]+', name) and (text is None or matches(r'[^\0]*', text))
+                                       for name, text in value.items()):
         return value
-    raise ValueError('a path such as "/health", or "" for an engine that has none')
-
-
-def _parse_list(value: object, item: Callable[[str], bool], expected: str) -> Tuple[str, ...]:
-    if isinstance(value, list) and all(isinstance(v, str) and item(v) for v in value):
-        return tuple(value)
-    raise ValueError(expected)
-
-
-def parse_prefixes(value: object) -> Tuple[str, ...]:
-    """Path prefixes."""
-    def is_prefix(text: str) -> bool:
-        return bool(re.fullmatch(r'/[!-~]*', text)) and not re.search(r'[\\?#%]|/\.{1,2}(/|$)', text)
-    return _parse_list(value, is_prefix, 'a list of path prefixes, such as ["/v1/"]')
-
-
-def parse_origins(value: object) -> Tuple[str, ...]:
-    """Browser origins, lower case; "*" for all."""
-    def is_origin(text: str) -> bool:
-        return text == '*' or bool(re.fullmatch(r'[A-Za-z][\w+.-]*://[^\s/?#@]+', text))
-    found = _parse_list(value, is_origin, 'a list of origins, such as ["https://chat.example"] (no path), or ["*"] for all')
-    return tuple(origin.lower() for origin in found)
-
-
-def parse_args(value: object) -> Tuple[str, ...]:
-    """Arguments; a leading ~/ is expanded."""
-    args = _parse_list(value, lambda text: '\0' not in text, 'a list of strings (numbers in quotes too)')
-    return tuple(os.path.expanduser(arg) if arg.startswith('~/') else arg for arg in args)
-
-
-def parse_env(value: object) -> Dict[str, Optional[str]]:
-    """Environment variables to set; null removes one."""
-    if isinstance(value, dict) and all(re.fullmatch(r'[^=\0]+', k) and (v is None or isinstance(v, str) and '\0' not in v)
-                                       for k, v in value.items()):
-        return dict(value)
     raise ValueError('an object of strings, such as {"CUDA_VISIBLE_DEVICES": "0"}; null removes a variable')
 
 
 def parse_api_keys(value: object) -> Dict[str, str]:
     """{name: secret}. What is wrong is said without the secrets themselves."""
-    expected = 'an object of names and secrets, such as {"alice": "a long random string"}'
     if not isinstance(value, dict):
-        raise ValueError(expected)
+        raise ValueError('an object of names and secrets, such as {"alice": "a long random string"}')
     keys = {name: secret for name, secret in value.items() if not name.startswith('_')}
-    owner: Dict[str, str] = {}
-    for name, secret in keys.items():
-        if not name.strip() or not isinstance(secret, str) or not secret.strip():
-            raise ValueError('%s; the secret of "%s" is empty, blank or no string' % (expected, name))
-        if not re.fullmatch(r'[!-~]([ -~]*[!-~])?', secret):
-            raise ValueError('secrets of visible ASCII characters, no blank at either end; that of "%s" is not' % name)
-        if secret in owner:
-            raise ValueError('a secret of its own for everybody; "%s" and "%s" have the same' % (owner[secret], name))
-        owner[secret] = name
+    wrong = ['"%s"' % name for name, secret in keys.items()
+             if not (name.strip() and matches(SECRET, secret)) or list(keys.values()).count(secret) > 1]
+    if wrong:
+        raise ValueError('for each name a secret of its own, visible ASCII characters with no blank at either end; not so: '
+                         + ', '.join(wrong))
     return keys
 
 
-def key(default: object, parse: Callable[[Any], Any], doc: str, name: str = '') -> Any:
+parse_addr = host_and_port(r'(\[[\w:.%]+\]|[^\s:\[\]/]*):([0-9]{1,5})',
+                           'host:port, such as "127.0.0.1:8081" or ":8081", the port from 0 to 65535')
+parse_base_url = host_and_port(r'http://(\[[\w:.%]+\]|[^\s:\[\]/?#@]+)(?::(0*[1-9][0-9]{0,4}))?/?',
+                               '"http://host:port", such as "http://127.0.0.1:8080", the port from 1 to 65535')
+parse_origins = listed(r'\*|[A-Za-z][\w+.-]*://[^\s/?#@]+',
+                       'a list of origins, such as ["https://chat.example"] (no path), or ["*"] for all', str.lower)
+parse_prefixes = listed(r'(?!.*[\\?#%]|.*/\.\.?(/|$))/[!-~]*', 'a list of path prefixes, such as ["/v1/"]')
+parse_args = listed(r'[^\0]*', 'a list of strings (numbers in quotes too)',
+                    lambda arg: os.path.expanduser(arg) if arg.startswith('~/') else arg)
+parse_bin = checked(lambda value: matches(TEXT, value), 'the path of llama-server (or start with --demo to try without one)')
+parse_engine_key = checked(lambda value: value is None or matches(SECRET, value),
+                           'visible ASCII characters with no blank at either end, or null')
+parse_health_path = checked(lambda value: matches(r'(/[!-~]*)?', value), 'a path such as "/health", or "" for an engine that has none')
+parse_log_path = checked(lambda value: value is None or matches(TEXT, value), 'a string that is not blank, or null')
+parse_count = checked(lambda value: type(value) is int and value >= 1, 'a whole number of at least 1')
+parse_count_or_0 = checked(lambda value: type(value) is int and value >= 0, 'a whole number of at least 0')
+parse_order = checked(lambda value: value in ('fair', 'fifo'), '"fair" or "fifo"')
+parse_level = checked(lambda value: value in ('debug', 'info', 'warn', 'error'), '"debug", "info", "warn" or "error"')
+parse_positive = checked(lambda value: type(value) in (int, float) and 0 < value < 1e15, 'a number above 0')
+
+
+def key(default: object, parse: Parser, doc: str) -> Any:
     """A configuration key as a dataclass field: its default as it would stand in the file, its parser, its meaning."""
-    return dataclasses.field(metadata={'default': default, 'parse': parse, 'doc': doc, 'name': name})
+    return dataclasses.field(metadata={'key': (default, parse, doc)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -361,7 +300,7 @@ class ServerConfig:
     allowed_origins: Tuple[str, ...] = key([], parse_origins, 'browser origins that may call; ["*"] for all')
     forward: Tuple[str, ...] = key(['/v1/'], parse_prefixes, 'path prefixes that are forwarded to the engine')
     max_body: int = key('64MB', parse_size, 'largest request body')
-    max_connections: int = key(512, parse_count(1), 'open client connections')
+    max_connections: int = key(512, parse_count, 'open client connections')
     read_timeout: float = key('30s', parse_limit, 'longest pause while a request is received; the whole head has this long')
     write_timeout: float = key('30s', parse_limit, 'longest a client may refuse to take bytes')
     idle_timeout: float = key('75s', parse_limit, 'longest life of a connection with no request on it')
@@ -371,13 +310,13 @@ class ServerConfig:
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
     """The engine: how it is started, reached and judged."""
-    bin: str = key(None, parse_text, 'path of llama-server; a bare name is looked up on PATH')
+    bin: str = key(None, parse_bin, 'path of llama-server; a bare name is looked up on PATH')
     args: Tuple[str, ...] = key([], parse_args, 'its arguments; --host and --port are added from base_url')
     env: Mapping[str, Optional[str]] = key({}, parse_env, 'added to its environment; null removes a variable')
     base_url: Tuple[str, int] = key('http://127.0.0.1:8080', parse_base_url, 'where it is reached')
-    api_key: Optional[str] = key(None, parse_optional_text, "sent to the engine as its bearer key, when it has one")
-    ready_pattern: 're.Pattern[str]' = key('listening|ready|server is running', parse_pattern,
-                                           'regex over its output; counts only where there is no health_path')
+    api_key: Optional[str] = key(None, parse_engine_key, "sent to the engine as its bearer key, when it has one")
+    ready_pattern: re.Pattern[str] = key('listening|ready|server is running', parse_pattern,
+                                         'regex over its output; counts only where there is no health_path')
     health_path: str = key('/health', parse_health_path, 'asked until it says 200; "" for an engine that has none')
     start_timeout: float = key('30s', parse_limit, 'longest time without a sign of life while starting')
     stop_timeout: float = key('10s', parse_duration, 'from the polite signal to the kill')
@@ -388,21 +327,21 @@ class EngineConfig:
 @dataclasses.dataclass(frozen=True)
 class QueueConfig:
     """Who may go in, and who waits how long."""
-    max_concurrency: int = key(1, parse_count(1), 'requests in the engine at once')
+    max_concurrency: int = key(1, parse_count, 'requests in the engine at once')
     wait_timeout: float = key('60s', parse_limit, 'longest wait for a slot, engine restarts included')
-    max_waiting: int = key(128, parse_count(0), 'longest queue; the next one is refused at once; 0: no queue')
+    max_waiting: int = key(128, parse_count_or_0, 'longest queue; the next one is refused at once; 0: no queue')
     max_bytes: int = key('512MB', parse_size, 'request bodies held at once')
-    order: str = key('fair', parse_choice('fair', 'fifo'), '"fair": in turn between clients; "fifo": strict arrival order')
+    order: str = key('fair', parse_order, '"fair": in turn between clients; "fifo": strict arrival order')
     heartbeat: float = key('0s', parse_duration, 'opt-in: a waiting streaming request gets an SSE comment each such interval')
 
 
 @dataclasses.dataclass(frozen=True)
 class LoggerConfig:
-    """Where the log goes."""
-    log_path: Optional[str] = key(None, parse_optional_text, 'log file, in addition to stderr; null for stderr only', 'log-path')
-    log_level: str = key('info', parse_choice('debug', 'info', 'warn', 'error'), 'debug, info, warn or error', 'log-level')
-    max_size: float = key(2, parse_positive, 'MB, then the file is rotated', 'max-size')
-    max_age: float = key(60, parse_positive, 'days, then a rotated file is deleted', 'max-age')
+    """Where the log goes. In the file its keys have dashes."""
+    log_path: Optional[str] = key(None, parse_log_path, 'log file, in addition to stderr; null for stderr only')
+    log_level: str = key('info', parse_level, 'debug, info, warn or error')
+    max_size: float = key(2, parse_positive, 'MB, then the file is rotated')
+    max_age: float = key(60, parse_positive, 'days, then a rotated file is deleted')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -414,173 +353,116 @@ class Config:
     logger: LoggerConfig
 
 
-@dataclasses.dataclass(frozen=True)
-class ConfigKey:
-    """One key, for --help, error messages and README."""
-    path: str
-    default: object
-    doc: str
-    attribute: str
-    parse: Callable[[Any], Any]
-
-
 SECTIONS: Dict[str, Any] = {'server': ServerConfig, 'engine': EngineConfig, 'queue': QueueConfig, 'logger': LoggerConfig}
+ConfigKey = collections.namedtuple('ConfigKey', 'path attribute default parse doc')
+CONFIG_KEYS = tuple(
+    ConfigKey('%s.%s' % (section, field.name.replace('_', '-') if section == 'logger' else field.name), field.name, *field.metadata['key'])
+    for section, of in SECTIONS.items() for field in dataclasses.fields(of))
+FROM_DEMO = ('engine.bin', 'engine.args', 'engine.base_url')    # with --demo these are the demo engine's
+SECRET_NAME = r'(?i)((?:key|token|secret|passw|-hft)\w*)'
+SECRET_OPTIONS = ('--api-key', '--hf-token', '-hft')
 
 
-def _keys_of(section: str) -> Iterator[ConfigKey]:
-    for field in dataclasses.fields(SECTIONS[section]):
-        meta = field.metadata
-        yield ConfigKey('%s.%s' % (section, meta['name'] or field.name), meta['default'], meta['doc'], field.name, meta['parse'])
+def masked(command: Sequence[str]) -> str:
+    """A command line for people, its secrets masked."""
+    words = ['****' if before in SECRET_OPTIONS else shlex.quote(word) for before, word in zip(['', *command], command)]
+    return ' '.join(re.sub(r"(?s)'?(%s)=.*" % '|'.join(SECRET_OPTIONS), r'\1=****', word) for word in words)
 
 
-CONFIG_KEYS: Tuple[ConfigKey, ...] = tuple(k for section in SECTIONS for k in _keys_of(section))
+def shown(value: object, name: str = '') -> str:
+    """The value of a key for a message: cut short, and masked from the first name of a secret on."""
+    text = '****' if re.search(SECRET_NAME, name) else json.dumps(value, ensure_ascii=False)
+    text = re.sub(SECRET_NAME + r'([":=, \\]+).+', r'\1\2****', text)
+    return text if len(text) <= 60 else text[:57] + '...'
 
 
-class _Object(Dict[str, Any]):
+class JsonObject(Dict[str, Any]):
     """A JSON object that remembers which of its keys came twice."""
 
     def __init__(self, pairs: List[Tuple[str, Any]]) -> None:
         super().__init__(pairs)
-        counts = collections.Counter(name for name, _ in pairs)
-        self.repeated = [name for name, count in counts.items() if count > 1]
+        self.repeated = [name for name, times in collections.Counter(name for name, _ in pairs).items() if times > 1]
 
 
-def _shown(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + '...'
-
-
-def _repeated_keys(value: object, path: str) -> Iterator[str]:
-    if isinstance(value, _Object):
+def repeated_keys(value: object, path: str = '') -> Iterator[str]:
+    if isinstance(value, JsonObject):
         for name in value.repeated:
             yield '%s%s: given twice; keep one' % (path, name)
         for name, inner in value.items():
-            yield from _repeated_keys(inner, '%s%s.' % (path, name))
-    elif isinstance(value, list):
-        for i, inner in enumerate(value):
-            yield from _repeated_keys(inner, '%s[%d].' % (path.rstrip('.'), i))
+            yield from repeated_keys(inner, '%s%s.' % (path, name))
 
 
-def _unknown_key(name: str, path: str, value: object, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1, 0.6)
-    elsewhere = [k.path for k in CONFIG_KEYS if k.path.split('.')[1] == name]
-    if near:
-        advice = 'did you mean "%s"?' % near[0]
-    elif elsewhere:
-        advice = 'did you mean "%s"?' % elsewhere[0]
-    else:
-        advice = 'expected one of ' + ', '.join(known)
-    return '%s: unknown key (value %s); %s' % (path, _shown(value), advice)
-
-
-def _parse_value(k: ConfigKey, value: object, problems: List[str]) -> Any:
-    try:
-        return k.parse(value)
-    except ValueError as error:
-        shown = '(not shown)' if k.path in ('server.api_keys', 'engine.api_key') else _shown(value)
-        problems.append('%s: %s; expected %s' % (k.path, shown, error))
-        return None
-
-
-def _parse_section(section: str, given: Mapping[str, Any], problems: List[str], demo: bool) -> Any:
-    keys = {k.path.split('.', 1)[1]: k for k in _keys_of(section)}
+def unknown_keys(given: Mapping[str, Any], known: Sequence[str], path: str = '') -> Iterator[str]:
     for name, value in given.items():
-        if name not in keys and not name.startswith('_'):
-            problems.append(_unknown_key(name, '%s.%s' % (section, name), value, list(keys)))
-    values: Dict[str, Any] = {}
-    for name, k in keys.items():
-        if section == 'engine' and demo and name in ('bin', 'args', 'base_url'):
-            values[k.attribute] = {'bin': '', 'args': (), 'base_url': ('127.0.0.1', 0)}[name]
-        elif name not in given and k.path == 'engine.bin':
-            problems.append('engine.bin: missing; expected the path of llama-server (or start with --demo to try without one)')
-        else:
-            values[k.attribute] = _parse_value(k, given.get(name, k.default), problems)
-    return SECTIONS[section](**values) if len(values) == len(keys) else None
+        if name not in known and not name.startswith('_'):
+            elsewhere = [k.path for k in CONFIG_KEYS if k.path.endswith('.' + name)]
+            near = ''.join(difflib.get_close_matches(name, known, 1) or elsewhere[:1])
+            advice = 'did you mean "%s"?' % near if near else 'expected one of ' + ', '.join(known)
+            yield '%s%s: unknown key (value %s); %s' % (path, name, shown(value, name + near), advice)
 
 
 def parse_config(data: object, demo: bool = False) -> Config:
-    """The configuration from decoded JSON. Raises ConfigError with every mistake at once.
-
-    With `demo` the engine's bin, args and base_url are ignored.
-    """
+    """The configuration from decoded JSON, with `demo` without the keys FROM_DEMO. Raises ConfigError with every mistake at once."""
     if not isinstance(data, dict):
-        raise ConfigError(['the configuration is %s; expected a JSON object' % _shown(data)])
-    problems = list(_repeated_keys(data, ''))
-    for name, value in data.items():
-        if name not in SECTIONS and not name.startswith('_'):
-            problems.append(_unknown_key(name, name, value, list(SECTIONS)))
-    sections: Dict[str, Any] = {}
-    for name in SECTIONS:
-        given = data.get(name, {})
+        raise ConfigError(['the configuration is %s; expected a JSON object' % shown(data)])
+    problems = [*repeated_keys(data), *unknown_keys(data, list(SECTIONS))]
+    values: Dict[str, Dict[str, Any]] = {section: {} for section in SECTIONS}
+    for section in SECTIONS:
+        given = data.get(section, {})
         if not isinstance(given, dict):
-            problems.append('%s: %s; expected an object' % (name, _shown(given)))
-            given = {}
-            if name == 'engine':
-                continue
-        sections[name] = _parse_section(name, given, problems, demo)
-    server, queue = sections['server'], sections['queue']
-    if server.max_body and queue.max_bytes and queue.max_bytes < server.max_body:
-        problems.append('queue.max_bytes: %d; expected at least server.max_body, which is %d' % (queue.max_bytes, server.max_body))
+            problems.append('%s: %s; expected an object' % (section, shown(given)))
+            continue
+        keys = {k.path.partition('.')[2]: k for k in CONFIG_KEYS if k.path.startswith(section + '.')}
+        problems += unknown_keys(given, list(keys), section + '.')
+        for name, k in keys.items():
+            try:
+                values[section][k.attribute] = None if demo and k.path in FROM_DEMO else k.parse(given.get(name, k.default))
+            except ValueError as error:
+                problems.append('%s: %s; expected %s' % (k.path, shown(given[name], name) if name in given else 'missing', error))
+    most, body = values['queue'].get('max_bytes', math.inf), values['server'].get('max_body', 0)
+    if most < body:
+        problems.append('queue.max_bytes: %d; expected at least server.max_body, which is %d' % (most, body))
     if problems:
         raise ConfigError(problems)
-    return Config(**sections)
+    return Config(**{section: of(**values[section]) for section, of in SECTIONS.items()})
 
 
 def load_config(path: str, demo: bool = False) -> Config:
     """Reads and checks a configuration file. Raises ConfigError with every mistake at once."""
     try:
         with open(path, encoding='utf-8-sig') as file:
-            text = file.read()
-    except OSError as error:
-        raise ConfigError(['%s cannot be read: %s; name another file with --config, or try --demo' % (path, error.strerror)]) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(['%s is not UTF-8 (byte %d); save it as UTF-8' % (path, error.start)]) from None
-    try:
-        data = json.loads(text, object_pairs_hook=_Object)
-    except json.JSONDecodeError as error:
-        raise ConfigError(['%s: JSON syntax error at line %d, column %d: %s' % (path, error.lineno, error.colno, error.msg)]) from None
-    except RecursionError:
-        raise ConfigError(['%s: nested too deeply' % path]) from None
-    try:
-        return parse_config(data, demo)
+            return parse_config(json.load(file, object_pairs_hook=JsonObject), demo)
     except ConfigError as error:
-        raise ConfigError(['%s: %s' % (path, problem) for problem in error.problems]) from None
+        problems = error.problems
+    except OSError as error:
+        problems = ['cannot be read: %s; name another file with --config, or try --demo' % error.strerror]
+    except json.JSONDecodeError as error:
+        problems = ['JSON syntax error at line %d, column %d: %s' % (error.lineno, error.colno, error.msg)]
+    except (ValueError, RecursionError) as error:       # not UTF-8, thousands of digits, nested too deeply
+        problems = ['cannot be read: %s; it has to be JSON in UTF-8' % error]
+    raise ConfigError(['%s: %s' % (path, problem) for problem in problems])
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address that is listened on."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == 'localhost'
-
-
-def argument_of(args: Sequence[str], names: Sequence[str]) -> Optional[str]:
-    """The value that follows the last of these options (or `--option=value`), None where there is none."""
-    found = None
-    for i, arg in enumerate(args):
-        if arg in names and i + 1 < len(args):
-            found = args[i + 1]
-        elif '=' in arg and arg.split('=', 1)[0] in names:
-            found = arg.split('=', 1)[1]
-    return found
+def argument_of(args: Sequence[str], *names: str) -> Optional[str]:
+    """The value of the last of these options, as `--option value` or `--option=value`; None where there is none."""
+    parts = [part for arg in args for part in (arg.split('=', 1) if arg.startswith('-') else [arg])]
+    values = [value for name, value in zip(parts, parts[1:]) if name in names]
+    return values[-1] if values else None
 
 
 def config_warnings(config: Config) -> List[str]:
     """What is allowed but probably not meant, in plain sentences."""
     found = []
     host = config.server.addr[0]
-    if not config.server.api_keys and not is_loopback(host):
+    if not config.server.api_keys and not re.fullmatch(r'localhost|127\.[0-9.]+|::1', host):
         found.append('server.addr is %s and server.api_keys is empty: everybody who reaches this machine can use the model'
                      % (host or 'every interface'))
-    args = config.engine.args
-    if '--api-key' in args and not config.engine.api_key:
+    if argument_of(config.engine.args, '--api-key') and not config.engine.api_key:
         found.append('engine.args has --api-key but engine.api_key is not set: the engine will refuse what is forwarded')
-    for name in ('-np', '--parallel'):
-        slots = argument_of(args, (name,))
-        if slots is not None and slots.isdigit() and 0 < int(slots) < config.queue.max_concurrency:
-            found.append('queue.max_concurrency is %d but %s gives the engine only %s slots: the rest waits inside the engine'
-                         % (config.queue.max_concurrency, name, slots))
+    slots = argument_of(config.engine.args, '-np', '--parallel') or ''
+    if re.fullmatch('[0-9]{1,9}', slots) and 0 < int(slots) < config.queue.max_concurrency:
+        found.append('queue.max_concurrency is %d but engine.args gives the engine only %s slots: the rest waits inside the engine'
+                     % (config.queue.max_concurrency, slots))
     return found
 
 
@@ -589,54 +471,29 @@ def bracketed(host: str, port: int) -> str:
     return '%s:%d' % ('[%s]' % host if ':' in host else host, port)
 
 
-def _llama_server_problems(args: Sequence[str], port: int) -> Iterator[str]:
-    model = argument_of(args, ('-m', '--model'))
-    if model is not None and not os.path.exists(model):
-        yield ('engine.args: the model file %s is not there; put the path of a .gguf file after -m, '
-               'or start with --demo to try the gateway without a model' % _shown(model))
-    given = argument_of(args, ('--port',))
-    if given is not None and given != str(port):
-        yield 'engine.args: --port %s contradicts engine.base_url, which says port %d; leave --port out' % (_shown(given), port)
-
-
 def engine_command(config: EngineConfig) -> List[str]:
     """The command line the engine is started with. Raises ConfigError where something it names is not there."""
     problems = []
     name = os.path.expanduser(config.bin)
-    found = shutil.which(name, path=(config.env or {}).get('PATH') or os.environ.get('PATH'))
+    found = shutil.which(name, path=config.env.get('PATH') or None)
     if found is None:
         problems.append('engine.bin: %s %s; install llama.cpp (or copy its llama-server here) and name it there, '
                         'or start with --demo to try the gateway without one'
-                        % (_shown(config.bin), 'is not an executable file' if os.path.exists(name) else 'is not there'))
-    host, port = config.base_url
-    args = list(config.args)
+                        % (shown(config.bin), 'is not an executable file' if os.path.exists(name) else 'is not there'))
+    host, port = config.base_url[0], str(config.base_url[1])
     if os.path.basename(name).lower() in ('llama-server', 'llama-server.exe'):
-        problems.extend(_llama_server_problems(args, port))
-    if argument_of(args, ('--host',)) is None:
-        args += ['--host', host]
-    if argument_of(args, ('--port',)) is None:
-        args += ['--port', str(port)]
+        model = argument_of(config.args, '-m', '--model')
+        if model is not None and not os.path.exists(model):
+            problems.append('engine.args: the model file %s is not there; put the path of a .gguf file after -m, '
+                            'or start with --demo to try the gateway without a model' % shown(model))
+        given = argument_of(config.args, '--port') or port
+        if given != port:
+            problems.append('engine.args: --port %s contradicts engine.base_url, which says port %s; leave --port out'
+                            % (shown(given), port))
     if problems:
         raise ConfigError(problems)
-    return [os.path.abspath(found or name), *args]
-
-
-SECRET_OPTIONS = ('--api-key', '-hft', '--hf-token')
-
-
-def masked(command: Sequence[str]) -> str:
-    """A command line for people, its secrets masked."""
-    shown = []
-    for i, arg in enumerate(command):
-        name, _, value = arg.partition('=')
-        if i and command[i - 1] in SECRET_OPTIONS:
-            arg = '****'
-        elif value and name in SECRET_OPTIONS:
-            arg = name + '=****'
-        shown.append(shlex.quote(arg) if arg != '****' else arg)
-    return ' '.join(shown)
-
-
+    added = [(option, value) for option, value in (('--host', host), ('--port', port)) if argument_of(config.args, option) is None]
+    return [os.path.abspath(found or name), *config.args, *itertools.chain(*added)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -646,147 +503,155 @@ def masked(command: Sequence[str]) -> str:
 # request. A line is one write by the thread that has something to say.
 
 DEBUG, INFO, WARN, ERROR = LEVELS = ('debug', 'info', 'warn', 'error')
-_PLAIN = re.compile(r'[!#-<>-~]+')      # visible ASCII without the quote and the equals sign
-PIPE_BUF = 4096         # bytes; what poll promises a pipe has room for
+PLAIN_WORD = re.compile(r'[!#-<>-~]+')      # visible ASCII without the quote and the equals sign
+ESCAPES = {'"': '\\"', '\\': '\\\\', '\n': '\\n', '\r': '\\r', '\t': '\\t'}
+PIPE_BUF = 4096         # bytes; what a pipe has room for where poll says it takes some
 
 
-def _escaped(char: str) -> str:
-    if char in '"\\':
-        return '\\' + char
-    if char.isprintable():
+def escaped(char: str) -> str:
+    """A character as it stands within quotes in Go."""
+    if char.isprintable() and char not in ESCAPES:
         return char
-    return {'\n': '\\n', '\r': '\\r', '\t': '\\t'}.get(char) or ('\\x%02x' if char < '\x7f' else '\\u%04x' if ord(char) < 0x10000 else '\\U%08x') % ord(char)
-
-
-def logfmt_value(value: object) -> str:
-    """A value as Go's slog text handler writes it: quoted and escaped where it is not one plain word."""
-    if value is None or value is True or value is False:
-        return json.dumps(value)
-    text = str(value)
-    return text if _PLAIN.fullmatch(text) else '"%s"' % ''.join(map(_escaped, text))
+    return ESCAPES.get(char) or ('\\x%02x' if char <= '\x7f' else '\\u%04x' if char <= '\uffff' else '\\U%08x') % ord(char)
 
 
 def logfmt(fields: Mapping[str, object]) -> str:
-    """`name=value` pairs."""
-    return ' '.join(['%s=%s' % (name, value if type(value) in (int, float) else logfmt_value(value)) for name, value in fields.items()])
+    """`name=value` pairs as Go's slog text handler writes them: what is not one plain word is quoted and escaped."""
+    pairs = []
+    for name, value in fields.items():
+        if type(value) not in (int, float):
+            text = 'null' if value is None else str(value)
+            value = text if PLAIN_WORD.fullmatch(text) else '"%s"' % ''.join(map(escaped, text))
+        pairs.append('%s=%s' % (name, value))
+    return ' '.join(pairs)
 
 
-def write_now(fd: int, data: bytes) -> bool:
-    """Writes a line to a terminal or pipe only where that takes it at once.
+@functools.lru_cache(maxsize=1)
+def time_pattern(second: int) -> str:
+    text = time.strftime('%Y-%m-%dT%H:%M:%S.%%03d%z', time.localtime(second))
+    return text[:-2] + ':' + text[-2:]
 
-    A pipe that nobody reads blocks, it does not fail: so it is asked first.
-    """
-    try:
-        if POSIX:
-            waiter = select.poll()
-            waiter.register(fd, select.POLLOUT)
-            if not any(event & select.POLLOUT for _, event in waiter.poll(0)):
-                return False
-        os.write(fd, data if len(data) <= PIPE_BUF else data[:PIPE_BUF - 4] + b'...\n')
-    except OSError:
-        return False
-    return True
+
+def write_now(fd: int, data: bytes) -> None:
+    """Raises OSError. A pipe that nobody reads blocks, it does not fail: so it is asked first."""
+    if POSIX:
+        asked = select.poll()
+        asked.register(fd, select.POLLOUT)
+        if not any(event & select.POLLOUT for _, event in asked.poll(0)):
+            raise BlockingIOError('nobody reads it')
+    os.write(fd, data if len(data) <= PIPE_BUF else data[:PIPE_BUF - 4] + b'...\n')
 
 
 def say(text: str, file: Optional[TextIO] = None) -> None:
-    """A plain sentence for the person at the terminal, on stdout or `file`."""
+    """Plain sentences for the person at the terminal, on stdout or `file`."""
     file = file or sys.stdout
     if file is not None:
-        write_now(file.fileno(), (text + '\n').encode('utf-8', 'backslashreplace'))
-
-
-def unused_name(stem: str, extension: str) -> str:
-    """A file name that does not exist yet."""
-    names = itertools.chain([stem + extension], ('%s.%d%s' % (stem, n, extension) for n in itertools.count(1)))
-    return next(name for name in names if not os.path.exists(name))
+        with contextlib.suppress(OSError):      # nobody reads them
+            for line in text.split('\n'):
+                write_now(file.fileno(), (line + '\n').encode('utf-8', 'backslashreplace'))
 
 
 class LogFile:
-    """The log file: appended to, and rotated to NAME-<UTC time>.EXT beside it."""
+    """The log file: appended to, and rotated to NAME-<UTC time>.EXT beside it.
 
-    def __init__(self, path: str, max_bytes: float, max_age: float) -> None:
-        """`max_age` in seconds. Raises OSError."""
-        self._path = os.path.abspath(os.path.expanduser(path))
-        self._max_bytes, self._max_age = max_bytes, max_age
+    Whatever it opens, its descriptor keeps its number: that of a closed one is soon a client's,
+    and somebody may be about to write to it.
+    """
+
+    def __init__(self) -> None:
         self._lock = threading.Lock()       # held while the file is changed for another
-        self._fd = self._open()
-        self._size = os.fstat(self._fd).st_size
+        self._fd = os.open(os.devnull, os.O_WRONLY)
 
-    def _open(self) -> int:
-        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
+    def open(self, path: str, max_bytes: float, max_age: float) -> None:
+        """`max_age` in seconds. Raises OSError; then nothing has changed."""
+        with self._lock:
+            self._change_to(os.path.abspath(os.path.expanduser(path)))
+            self._max_bytes, self._max_age = max_bytes, max_age
+            self._delete_old()
+
+    def _change_to(self, path: str) -> None:
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
+        os.dup2(fd, self._fd, inheritable=False)
+        os.close(fd)
+        self._path, self._size = path, os.fstat(self._fd).st_size
 
     def write(self, data: bytes) -> None:
         """Raises OSError."""
-        if self._size and self._size + len(data) > self._max_bytes:
+        if self._size + len(data) > self._max_bytes:
             self._rotate()
         self._size += os.write(self._fd, data)      # to the end, whoever else writes: O_APPEND
 
-    def close(self) -> None:
-        os.close(self._fd)
-
     def _rotate(self) -> None:
         with self._lock:
-            if self._size < self._max_bytes / 2 or not stat.S_ISREG(os.fstat(self._fd).st_mode):
-                return      # another thread was first; or it is a device
-            self._size = 0
+            self._size = os.fstat(self._fd).st_size
+            if self._size <= self._max_bytes / 2:
+                return      # another thread was first, or it is a device
+            self._size = 0  # if it fails now, it is tried again when as much has been written once more
             stem, extension = os.path.splitext(self._path)
-            target = unused_name('%s-%s' % (stem, time.strftime('%Y%m%dT%H%M%S', time.gmtime())), extension)
-            os.rename(self._path, target)
-            fd = self._open()
-            os.dup2(fd, self._fd, inheritable=False)    # the number stays, so nobody writes to a closed file
-            os.close(fd)
-            self._delete_old(stem, extension)
+            now = time.time()
+            os.rename(self._path, '%s-%s.%06d%s' % (stem, time.strftime('%Y%m%dT%H%M%S', time.gmtime(now)), now % 1 * 1e6, extension))
+            self._change_to(self._path)
+            self._delete_old()
 
-    def _delete_old(self, stem: str, extension: str) -> None:
-        folder, name = os.path.split(stem)
-        rotated = re.compile(re.escape(name) + r'-\d{8}T\d{6}(\.\d+)?' + re.escape(extension))
-        for entry in os.scandir(folder):
-            if rotated.fullmatch(entry.name) and entry.stat().st_mtime < time.time() - self._max_age:
-                os.unlink(entry.path)
+    def _delete_old(self) -> None:
+        stem, extension = os.path.splitext(os.path.basename(self._path))
+        rotated = re.compile(re.escape(stem) + r'-\d{8}T\d{6}(\.\d+)?' + re.escape(extension))
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(os.path.dirname(self._path)):
+                if rotated.fullmatch(entry.name) and entry.stat().st_mtime < time.time() - self._max_age:
+                    os.unlink(entry.path)
+
+
+class Sink:
+    """Where lines go. What is not taken is dropped and counted, and stops nothing."""
+
+    def __init__(self, name: str, put: Callable[[bytes], object]) -> None:
+        self._name, self._put, self._dropped = name, put, 0
+
+    def write(self, line: bytes) -> None:
+        try:
+            if self._dropped:
+                self._put(b'level=WARN msg="log lines dropped" count=%d\n' % self._dropped)
+                self._dropped = 0
+            self._put(line)
+        except OSError as error:
+            if not self._dropped:
+                say('gollama: %s cannot be written, going on without it: %s' % (self._name, error), sys.stderr)
+            self._dropped += 1
 
 
 class Log:
-    """`key=value` lines on stderr and in a file. What cannot be written is dropped and counted, and stops nothing."""
+    """`key=value` lines on stderr and in a file."""
 
     def __init__(self) -> None:
         self._level = LEVELS.index(INFO)
         self._file: Optional[LogFile] = None
-        self._stderr: Optional[Callable[[bytes], object]] = None
-        self._second: Tuple[int, str, str] = (-1, '', '')       # replaced as a whole, so threads may race for it
-        self._dropped = 0
-        self._complained = False
+        self._sinks: List[Sink] = []        # replaced as a whole
 
     def configure(self, config: LoggerConfig) -> None:
         """Opens the file (anew, so that a reload follows a moved one). Raises OSError; then nothing has changed."""
-        file = LogFile(config.log_path, config.max_size * 1024 ** 2, config.max_age * 86400) if config.log_path else None
-        former, self._file = self._file, file
-        self._complained = False
-        self._level = LEVELS.index(config.log_level)
-        if sys.stderr is not None and self._stderr is None:
+        sinks = []
+        if sys.stderr is not None:
             fd = sys.stderr.fileno()        # a file takes everything, and need not be asked
-            self._stderr = functools.partial(os.write if stat.S_ISREG(os.fstat(fd).st_mode) else write_now, fd)
-        if former:
-            former.close()
+            sinks.append(Sink('stderr', functools.partial(os.write if stat.S_ISREG(os.fstat(fd).st_mode) else write_now, fd)))
+        if config.log_path or self._file:
+            self._file = self._file or LogFile()
+            self._file.open(config.log_path or os.devnull, config.max_size * 1024 ** 2, config.max_age * 86400)
+            sinks.append(Sink('the log file', self._file.write))
+        self._level, self._sinks = LEVELS.index(config.log_level), sinks
 
-    def shows(self, level: str) -> bool:
-        return LEVELS.index(level) >= self._level
+    def time(self) -> str:
+        """Now, as it stands in the log."""
+        now = time.time()
+        return time_pattern(int(now)) % (now % 1 * 1000)
 
     def event(self, level: str, message: str, fields: Mapping[str, object]) -> None:
         """One event is one line, whatever a client or the engine sends."""
-        if LEVELS.index(level) < self._level:
-            return
-        line = 'time=%s level=%s msg=%s' % (self.time(), level.upper(), logfmt_value(message))
-        data = ((line + ' ' + logfmt(fields) if fields else line) + '\n').encode('utf-8', 'backslashreplace')
-        if self._stderr:
-            self._to_stderr(self._stderr, data)
-        if self._file:
-            try:
-                self._file.write(data)
-            except OSError as error:
-                self._complain(error)
-
-    def debug(self, message: str, **fields: object) -> None:
-        self.event(DEBUG, message, fields)
+        if LEVELS.index(level) >= self._level:
+            text = 'time=%s level=%s %s\n' % (self.time(), level.upper(), logfmt({'msg': message, **fields}))
+            line = text.encode('utf-8', 'backslashreplace')
+            for sink in self._sinks:
+                sink.write(line)
 
     def info(self, message: str, **fields: object) -> None:
         self.event(INFO, message, fields)
@@ -801,31 +666,6 @@ class Log:
         """An error with the traceback of the exception that is being handled."""
         self.error(message, **fields, traceback=traceback.format_exc())
 
-    def time(self) -> str:
-        """Now, as it stands in the log."""
-        now = time.time()
-        second, prefix, zone = self._second
-        if int(now) != second:
-            second, local = int(now), time.localtime(now)
-            offset = time.strftime('%z', local) or '+0000'
-            prefix, zone = time.strftime('%Y-%m-%dT%H:%M:%S', local), offset[:3] + ':' + offset[3:]
-            self._second = (second, prefix, zone)
-        return '%s.%03d%s' % (prefix, now % 1 * 1000, zone)
-
-    def _to_stderr(self, write: Callable[[bytes], object], data: bytes) -> None:
-        try:
-            if self._dropped and write(b'msg="log lines dropped, stderr took none" count=%d\n' % self._dropped):
-                self._dropped = 0
-            if not write(data):
-                self._dropped += 1
-        except OSError:
-            self._dropped += 1
-
-    def _complain(self, error: OSError) -> None:
-        if not self._complained:
-            self._complained = True
-            say('gollama: the log file cannot be written, going on without it: %s' % error, sys.stderr)
-
 
 log = Log()
 
@@ -833,50 +673,43 @@ log = Log()
 # ---------------------------------------------------------------------------------------------
 # Time
 
-Clock = Callable[[], float]
-
 
 class Deadline:
     """A point on the monotonic clock, `seconds` from now; passed along, so that waits add up to one limit."""
 
-    __slots__ = ('_clock', '_end')
+    __slots__ = ('_end',)
 
-    def __init__(self, seconds: float, clock: Clock = time.monotonic) -> None:
-        self._clock = clock
-        self._end = clock() + seconds
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
 
     def remaining(self) -> float:
         """Seconds left, at least 0; may be infinite."""
-        return max(0.0, self._end - self._clock())
+        return max(0.0, self._end - time.monotonic())
 
     @property
     def expired(self) -> bool:
-        return self._clock() >= self._end
+        return time.monotonic() >= self._end
 
 
 class Backoff:
-    """Pauses before restarts: `base` seconds, doubled for each start in a row that never became ready.
-
-    A failed start is never tried again sooner than after 100 ms, whatever `base` is.
-    """
+    """Pauses before restarts: `base` seconds, doubled for each start in a row that never became ready."""
 
     LONGEST = 30.0
-    LEAST_AFTER_FAILURE = 0.1
+    LEAST_AFTER_FAILURE = 0.1       # whatever `base` is
 
     def __init__(self, base: float) -> None:
-        self._base = base
-        self._failed = 0
-
-    def pause(self) -> float:
-        """Seconds to wait before the next start."""
-        pause: float = min(self._base * 2 ** min(self._failed, 30), max(self.LONGEST, self._base))
-        return max(pause, self.LEAST_AFTER_FAILURE) if self._failed else pause
+        self._base, self._failed = base, 0
 
     def failed(self) -> None:
         self._failed += 1
 
     def succeeded(self) -> None:
         self._failed = 0
+
+    def pause(self) -> float:
+        """Seconds to wait before the next start."""
+        pause = min(self._base * 2.0 ** min(self._failed, 30), max(self._base, self.LONGEST))
+        return max(pause, self.LEAST_AFTER_FAILURE) if self._failed else pause
 
 
 # ---------------------------------------------------------------------------------------------
@@ -886,88 +719,77 @@ LINE_LIMIT = 4096       # bytes of one line of the engine's output; a longer one
 TAIL_LINES = 100        # kept in memory
 PROBE_TIMEOUT = 5.0     # seconds; loopback: an engine that takes longer to say "loading" is not well
 EXIT_MESSAGES = {126: ' (it cannot be executed)', 127: ' (it, or what it needs, was not found)'}
+SIGKILL = getattr(signal, 'SIGKILL', signal.SIGTERM)
+OWN_GROUP: Dict[str, Any] = {'start_new_session': True} if POSIX else {'creationflags': getattr(subprocess, 'CREATE_NEW_PROCESS_GROUP', 0)}
 
 
 def exit_phrase(code: int) -> str:
     """How a process ended, for people: a Popen.returncode in words."""
     if code >= 0:
         return 'exit status %d%s' % (code, EXIT_MESSAGES.get(code, ''))
-    try:
-        return 'signal %d (%s)' % (-code, signal.Signals(-code).name)
-    except ValueError:
-        return 'signal %d' % -code
+    names = {number.value: ' (%s)' % number.name for number in signal.Signals}
+    return 'signal %d%s' % (-code, names.get(-code, ''))
 
 
 def port_problem(host: str, port: int) -> Optional[str]:
-    """Says who is in the way on the engine's port: asked by connecting and by binding. None: it is free."""
+    """What is in the way on the engine's port, asked by connecting and by binding; None where it is free."""
+    name = bracketed(host, port)
     try:
-        with socket.create_connection((host, port), timeout=1):
-            pass
-    except OSError:
-        pass
-    else:
-        return ('%s is already taken: something answers there, perhaps an engine left over from an earlier run; '
-                'end it, or choose another port in engine.base_url' % bracketed(host, port))
-    for family, kind, proto, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-        with socket.socket(family, kind, proto) as probe:
-            if POSIX:   # elsewhere this option means "share the port"
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        return '%s leads nowhere: %s; put an address of this machine into engine.base_url' % (name, error)
+    for family, kind, proto, _, address in addresses:
+        with contextlib.suppress(OSError), socket.socket(family, kind, proto) as probe:
+            probe.settimeout(1)
+            probe.connect(address)
+            return ('%s is already taken: something answers there, perhaps an engine left over from an earlier run; '
+                    'end it, or choose another port in engine.base_url' % name)
+        try:
+            with socket.socket(family, kind, proto) as probe:
+                if POSIX:   # elsewhere this option means "share the port"
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(address)
-            except OSError as error:
-                if error.errno in (errno.EADDRINUSE, errno.EACCES):
-                    return ('%s cannot be used by the engine: %s; choose another port in engine.base_url'
-                            % (bracketed(host, port), error.strerror))
+        except OSError as error:
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                return '%s cannot be used by the engine: %s; choose another port in engine.base_url' % (name, error.strerror)
     return None
 
 
 class OutputPump(threading.Thread):
-    """Drains a pipe for ever, whatever comes, and hands on lines.
+    """Drains the engine's output, whatever comes, and hands on lines. A grandchild can hold the pipe open for ever: hence `stop`."""
 
-    Never joined without a timeout: a grandchild can hold the pipe open for as long as it likes.
-    `stop` ends it all the same.
-    """
+    LINES = re.compile(rb'[^\r\n]{1,%d}' % LINE_LIMIT)
 
-    def __init__(self, pipe: io.RawIOBase, on_line: Callable[[str], None]) -> None:
+    def __init__(self, pipe: Any, on_line: Callable[[str], None]) -> None:
         super().__init__(name='output-pump', daemon=True)
-        self._pipe = pipe
-        self._on_line = on_line
-        self._wake, self._waiting = socket.socketpair()
+        self._pipe, self._on_line = pipe, on_line
+        self._stopper, self._stopped = socket.socketpair()
+        self.start()
+
+    def stop(self, grace: float) -> None:
+        """Gives it `grace` seconds for what is still in the pipe."""
+        self.join(grace)
+        self._stopper.close()
 
     def run(self) -> None:
-        rest = b''
-        with self._pipe, self._waiting:
-            for data in self._pieces():
-                *lines, rest = (rest + data).replace(b'\r', b'\n').split(b'\n')
-                for line in lines:
-                    self._emit(line)
-                if len(rest) >= LINE_LIMIT:
-                    self._emit(rest)
-                    rest = b''
-            self._emit(rest)
+        rest, data = b'', b'\n'
+        with self._pipe, self._stopped:
+            while data:
+                data = self._read()
+                lines = self.LINES.findall(rest + data)
+                rest = lines.pop() if data and data[-1:] not in b'\r\n' else b''
+                for line in filter(bytes.strip, lines):
+                    self._on_line(line.decode('utf-8', 'replace').strip())
 
-    def stop(self) -> None:
-        self._wake.close()
-
-    def _pieces(self) -> Iterator[bytes]:
-        fd = self._pipe.fileno()
-        with selectors.DefaultSelector() as selector:
-            if POSIX:   # elsewhere a selector takes sockets only
-                selector.register(fd, selectors.EVENT_READ)
-                selector.register(self._waiting, selectors.EVENT_READ)
-            while True:
-                if POSIX and [key.fd for key, _ in selector.select()] == [self._waiting.fileno()]:
-                    return      # stopped, and nothing left to read
-                data = os.read(fd, 65536)
-                if not data:
-                    return
-                yield data
-
-    def _emit(self, line: bytes) -> None:
-        for start in range(0, len(line), LINE_LIMIT):
-            text = line[start:start + LINE_LIMIT].decode('utf-8', 'replace').strip()
-            if text:
-                self._on_line(text)
+    def _read(self) -> bytes:
+        """Some output; b'' at its end, or where it was stopped and nothing is left."""
+        if POSIX:       # elsewhere there is no asking a pipe
+            either = select.poll()
+            either.register(self._pipe, select.POLLIN)
+            either.register(self._stopped, select.POLLIN)
+            if self._pipe.fileno() not in dict(either.poll()):
+                return b''
+        return os.read(self._pipe.fileno(), 65536)
 
 
 class EngineProcess:
@@ -979,8 +801,8 @@ class EngineProcess:
     for a word on its stdin before it becomes the engine, and that word comes after the guard.
     """
 
-    SHIM = 'read -r go && exec "$@" </dev/null'
-    GUARD = 'trap "" TERM INT HUP; read -r done || kill -9 -"$0"'     # with `kill -9 -- -N` dash refuses
+    SHIM = ('/bin/sh', '-c', 'read -r go && exec "$@" </dev/null', 'sh')
+    GUARD = ('/bin/sh', '-c', 'trap "" TERM INT HUP; read -r never; kill -9 -"$0"')     # with `kill -9 -- -N` dash refuses
 
     def __init__(self, config: EngineConfig, on_news: Callable[[], None]) -> None:
         self._config = config
@@ -995,7 +817,6 @@ class EngineProcess:
         self._reaped = False
         self._process: subprocess.Popen[bytes]
         self._guard: Optional[subprocess.Popen[bytes]] = None
-        self._pump: OutputPump
 
     @property
     def pid(self) -> int:
@@ -1003,91 +824,57 @@ class EngineProcess:
 
     def start(self) -> None:
         """Raises OSError where the system gives no process."""
-        command = engine_command(self._config)
-        env = dict(os.environ)
-        env.pop('NOTIFY_SOCKET', None)      # the gateway speaks to systemd, the engine does not
-        for name, value in self._config.env.items():
-            if value is None:
-                env.pop(name, None)
-            else:
-                env[name] = value
-        if POSIX:
-            self._process = self._spawn(['/bin/sh', '-c', self.SHIM, 'sh', *command], env, subprocess.PIPE, subprocess.STDOUT)
-            try:
-                self._guard = self._spawn(['/bin/sh', '-c', self.GUARD, str(self.pid)], None, subprocess.DEVNULL, subprocess.DEVNULL)
-            finally:
-                self._say_word(self._process, b'go\n' if self._guard else b'')
-        else:
-            self._process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, bufsize=0,
-                                             stderr=subprocess.STDOUT, creationflags=getattr(subprocess, 'CREATE_NEW_PROCESS_GROUP', 0))
-        assert self._process.stdout is not None
-        self._pump = OutputPump(self._process.stdout, self._on_line)     # type: ignore[arg-type]
-        self._pump.start()
-        threading.Thread(target=self._reap, name='reaper', daemon=True).start()
-
-    @staticmethod
-    def _spawn(command: List[str], env: Optional[Dict[str, str]], out: int, err: int) -> 'subprocess.Popen[bytes]':
-        return subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=out, stderr=err, bufsize=0, start_new_session=True)
-
-    @staticmethod
-    def _say_word(process: 'subprocess.Popen[bytes]', word: bytes) -> None:
-        assert process.stdin is not None
-        try:
-            with process.stdin as pipe:
-                if word:
-                    pipe.write(word)
-        except OSError:
-            pass        # it has gone already
+        # The gateway speaks to systemd, the engine does not.
+        wanted: Dict[str, Optional[str]] = {**os.environ, 'NOTIFY_SOCKET': None, **self._config.env}
+        self._process = subprocess.Popen(
+            [*(self.SHIM if POSIX else ()), *engine_command(self._config)], bufsize=0, **OWN_GROUP,
+            env={name: value for name, value in wanted.items() if value is not None},
+            stdin=subprocess.PIPE if POSIX else subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        if self._process.stdin:
+            with contextlib.suppress(BrokenPipeError), self._process.stdin as shim:     # closed without a word, the shim ends
+                self._guard = subprocess.Popen([*self.GUARD, str(self.pid)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                                               stderr=subprocess.DEVNULL, bufsize=0, **OWN_GROUP)
+                shim.write(b'go\n')
+        pump = OutputPump(self._process.stdout, self._on_line)
+        threading.Thread(target=self._reap, args=(pump,), name='reaper', daemon=True).start()
 
     def _on_line(self, line: str) -> None:
         self.last_output = time.monotonic()
         self._tail.append(line)
-        if not self.saw_ready_line and self._config.ready_pattern.search(line):
-            self.saw_ready_line = True
-        if log.shows(DEBUG):
-            log.debug('engine', line=line[:LINE_LIMIT // 2])
+        self.saw_ready_line = self.saw_ready_line or bool(self._config.ready_pattern.search(line))
+        log.event(DEBUG, 'engine', {'line': line[:LINE_LIMIT // 2]})
 
-    def _reap(self) -> None:
+    def _reap(self, pump: OutputPump) -> None:
         if hasattr(os, 'waitid'):
-            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)     # still a zombie: its pid is its own
-            with self._signal_lock:
-                self._signal_group_unlocked(signal.SIGKILL)
-                self._process.wait()
-                self._reaped = True
+            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)      # still a zombie: its pid is its own
         else:
             self._process.wait()
-            self._signal_group_unlocked(getattr(signal, 'SIGKILL', signal.SIGTERM))
+        self.kill()     # what is left of the group
+        with self._signal_lock:
+            self._process.wait()
             self._reaped = True
         if self._guard:
-            self._say_word(self._guard, b'done\n')
-            self._guard.wait()
-        self._pump.join(1)      # so that the last lines are in the tail
-        self._pump.stop()
+            with self._guard:
+                self._guard.kill()
+        pump.stop(grace=1)      # so that the last lines are in the tail
         self.exit_phrase = exit_phrase(self._process.returncode)
         self.exited.set()
         self._on_news()
 
-    def _signal_group_unlocked(self, signum: int) -> None:
-        try:
-            if POSIX:
+    def _signal_group(self, signum: int) -> None:
+        with self._signal_lock, contextlib.suppress(OSError):       # nobody may be left
+            if POSIX and not self._reaped:
                 os.killpg(self.pid, signum)
             elif not self._reaped:
                 self._process.terminate()
-        except OSError:
-            pass        # nobody left
-
-    def signal_group(self, signum: int) -> None:
-        with self._signal_lock:
-            if not self._reaped:
-                self._signal_group_unlocked(signum)
 
     def kill(self) -> None:
-        self.signal_group(getattr(signal, 'SIGKILL', signal.SIGTERM))
+        self._signal_group(SIGKILL)
 
     def terminate(self, grace: float) -> None:
         """SIGTERM to the group, `grace` seconds or the leader's end, SIGKILL to the group."""
         if grace:
-            self.signal_group(signal.SIGTERM)
+            self._signal_group(signal.SIGTERM)
             self.exited.wait(grace)
         self.kill()
         self.exited.wait(10)
@@ -1097,16 +884,14 @@ class EngineProcess:
 
     def ask(self, path: str) -> Tuple[Optional[int], bytes]:
         """(status, body) of a GET; (None, b'') where nothing answers."""
-        connection = http.client.HTTPConnection(*self._config.base_url, timeout=PROBE_TIMEOUT)
-        try:
-            headers = {'Authorization': 'Bearer ' + self._config.api_key} if self._config.api_key else {}
-            connection.request('GET', path, headers=headers)
-            response = connection.getresponse()
-            return response.status, response.read(1 << 20)
-        except (OSError, http.client.HTTPException):
-            return None, b''
-        finally:
-            connection.close()
+        headers = {'Authorization': 'Bearer ' + self._config.api_key} if self._config.api_key else {}
+        with contextlib.closing(http.client.HTTPConnection(*self._config.base_url, timeout=PROBE_TIMEOUT)) as connection:
+            try:
+                connection.request('GET', path, headers=headers)
+                response = connection.getresponse()
+                return response.status, response.read(1 << 20)
+            except (OSError, http.client.HTTPException):
+                return None, b''
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1560,8 +1345,6 @@ class Watchdog:
         if new is not EngineState.STARTING:      # told with its pid and command once it has them
             log.event(level, 'engine ' + new.value, fields)
             self._listener.engine_changed(new, detail)
-
-
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4166,10 +3949,16 @@ class GatewayHandler(Answering):
 # Demo engine
 
 DEMO_TEXT = ('This is the demo engine of gollama, not a language model. It stands in for llama-server so that you can see the gateway '
-             'at work: each of these words is sent as one token. Put a llama-server and a model into config.json to hear a real answer. ')
-DEMO_WORDS = [word + ' ' for word in DEMO_TEXT.split()]
+             'at work: each of these words is sent as one token. Put a llama-server and a model into config.json to hear a real answer.')
 DEMO_TOKENS = 32            # where a request has no max_tokens
 DEMO_DELAY = 'GOLLAMA_DEMO_DELAY'   # environment: seconds a token
+DEMO_PAGES = {'/health': {'status': 'ok'}, '/props': {'total_slots': 1024, 'model_path': 'demo'},
+              '/v1/models': {'object': 'list', 'data': [{'id': 'demo', 'object': 'model', 'owned_by': 'gollama'}]}}
+
+
+def completion(kind: str, choice: Dict[str, Any], usage: Dict[str, Any]) -> Dict[str, Any]:
+    choices = [{'index': 0, **choice}]
+    return {'id': 'chatcmpl-demo', 'created': int(time.time()), 'model': 'demo', 'object': kind, 'choices': choices, **usage}
 
 
 class DemoHandler(http.server.BaseHTTPRequestHandler):
@@ -4178,59 +3967,49 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
     protocol_version = 'HTTP/1.1'
     server_version = 'gollama-demo'
     disable_nagle_algorithm = True
-    wbufsize = -1
-    delay = float(os.environ.get(DEMO_DELAY) or 0.05)
+    wbufsize = -1       # head and body leave together
 
     def log_message(self, format: str, *args: object) -> None:
         """No access log: the gateway has one."""
 
     def do_GET(self) -> None:
-        known = {'/health': {'status': 'ok'}, '/props': {'total_slots': 1024, 'model_path': 'demo'},
-                 '/v1/models': {'object': 'list', 'data': [{'id': 'demo', 'object': 'model', 'owned_by': 'gollama'}]}}
-        if self.path in known:
-            self._json(200, known[self.path])
-        else:
-            self._error(404, 'not found')
+        if self.path not in DEMO_PAGES:
+            return self._refuse(404, 'not found')
+        self._answer(200, DEMO_PAGES[self.path])
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
         if self.path != '/v1/chat/completions':
-            return self._error(404, 'the demo engine only knows /v1/chat/completions')
+            return self._refuse(404, 'the demo engine only knows /v1/chat/completions')
         try:
             question = json.loads(body)
-            count = int(question.get('max_tokens') or DEMO_TOKENS)
-            streamed = question.get('stream') is True
-        except (ValueError, TypeError, AttributeError, RecursionError):
-            return self._error(400, 'the body is not a JSON object')
-        words = itertools.islice(itertools.cycle(DEMO_WORDS), max(1, min(count, 100000)))
-        answer = {'id': 'chatcmpl-demo', 'created': int(time.time()), 'model': 'demo'}
-        usage = {'prompt_tokens': len(body.split()), 'completion_tokens': max(1, min(count, 100000))}
-        usage['total_tokens'] = sum(usage.values())
-        if streamed:
-            self._stream(answer, words, usage)
-        else:
-            text = ''.join(self._paced(words))
-            message = {'role': 'assistant', 'content': text}
-            self._json(200, {**answer, 'object': 'chat.completion', 'usage': usage,
-                             'choices': [{'index': 0, 'message': message, 'finish_reason': 'length'}]})
+            count = max(1, min(int(question.get('max_tokens') or DEMO_TOKENS), 100000))
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+            return self._refuse(400, 'the body is not a JSON object')
+        prompt = len(body.split())
+        usage = {'usage': {'prompt_tokens': prompt, 'completion_tokens': count, 'total_tokens': prompt + count}}
+        if question.get('stream') is True:
+            return self._stream(count, usage)
+        message = {'role': 'assistant', 'content': ''.join(self._words(count))}
+        self._answer(200, completion('chat.completion', {'message': message, 'finish_reason': 'length'}, usage))
 
-    def _paced(self, words: Iterable[str]) -> Iterator[str]:
-        for word in words:
-            if self.delay:
-                time.sleep(self.delay)
-            yield word
+    def _words(self, count: int) -> Iterator[str]:
+        delay = float(os.environ.get(DEMO_DELAY) or 0.05)
+        for word in itertools.islice(itertools.cycle(DEMO_TEXT.split()), count):
+            if delay:
+                time.sleep(delay)
+            yield word + ' '
 
-    def _stream(self, answer: Dict[str, Any], words: Iterable[str], usage: Dict[str, int]) -> None:
-        answer = {**answer, 'object': 'chat.completion.chunk'}
+    def _stream(self, count: int, usage: Dict[str, Any]) -> None:
         self._head(200, 'text/event-stream', 'Transfer-Encoding', 'chunked')
-        for word in self._paced(words):
-            self._event({**answer, 'choices': [{'index': 0, 'delta': {'content': word}, 'finish_reason': None}]})
-        self._event({**answer, 'choices': [{'index': 0, 'delta': {}, 'finish_reason': 'length'}], 'usage': usage})
+        for word in self._words(count):
+            self._event({'delta': {'content': word}, 'finish_reason': None}, {})
+        self._event({'delta': {}, 'finish_reason': 'length'}, usage)
         self.wfile.write(chunk(b'data: [DONE]\n\n') + END_OF_CHUNKS)
-        self.wfile.flush()
 
-    def _event(self, event: Dict[str, Any]) -> None:
-        self.wfile.write(chunk(b'data: %s\n\n' % json.dumps(event).encode()))
+    def _event(self, choice: Dict[str, Any], usage: Dict[str, Any]) -> None:
+        event = json.dumps(completion('chat.completion.chunk', choice, usage))
+        self.wfile.write(chunk(b'data: %s\n\n' % event.encode()))
         self.wfile.flush()
 
     def _head(self, status: int, content_type: str, name: str, value: str) -> None:
@@ -4239,18 +4018,20 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         self.send_header(name, value)
         self.end_headers()
 
-    def _json(self, status: int, value: object) -> None:
+    def _answer(self, status: int, value: object) -> None:
         body = json.dumps(value).encode()
         self._head(status, 'application/json', 'Content-Length', str(len(body)))
         self.wfile.write(body)
 
-    def _error(self, status: int, message: str) -> None:
-        self._json(status, {'error': {'message': message, 'type': 'invalid_request_error', 'code': status}})
+    def _refuse(self, status: int, message: str) -> None:
+        self._answer(status, {'error': {'message': message, 'type': 'invalid_request_error', 'code': status}})
 
 
-class DemoServer(http.server.ThreadingHTTPServer):
-    """The demo engine's listener."""
+class DemoServer(socketserver.ThreadingTCPServer):
+    """The demo engine's listener; http.server's would look up the host's name, which can hang."""
 
+    daemon_threads = True
+    allow_reuse_address = POSIX
     request_queue_size = 1024
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -4259,12 +4040,9 @@ class DemoServer(http.server.ThreadingHTTPServer):
 
 def run_demo_engine(host: str, port: int) -> int:
     """Serves until it is killed."""
-    with DemoServer((host, port), DemoHandler) as server:
-        print('demo engine: server is listening on http://%s' % bracketed(host, server.server_port), flush=True)
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            pass
+    with DemoServer((host, port), DemoHandler) as server, contextlib.suppress(KeyboardInterrupt):
+        print('demo engine: server is listening on http://%s' % bracketed(host, server.server_address[1]), flush=True)
+        server.serve_forever()
     return 0
 
 
@@ -4283,33 +4061,28 @@ class Notifier:
     """Tells systemd (sd_notify) where NOTIFY_SOCKET says; nothing where it does not."""
 
     def __init__(self) -> None:
-        address = os.environ.get('NOTIFY_SOCKET', '')
-        self._address = '\0' + address[1:] if address.startswith('@') else address
+        self._address = re.sub('^@', '\0', os.environ.get('NOTIFY_SOCKET', ''))
         self._was_ready = False
-        self._last_extension = -math.inf
+        self._extended = -math.inf      # when more time to start was asked for, monotonic
 
     def tell(self, *lines: str) -> None:
         if not self._address:
             return
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-                sock.connect(self._address)
-                sock.send('\n'.join(lines).encode())
+                sock.sendto('\n'.join(lines).encode(), self._address)
         except OSError as error:
             log.warn('systemd cannot be told', error=str(error))
 
-    def ready(self, status: str) -> None:
-        if self._was_ready:
-            return self.tell('STATUS=' + status)
+    def ready(self) -> None:
+        self.tell(*([] if self._was_ready else ['READY=1']), 'STATUS=ready')
         self._was_ready = True
-        self.tell('READY=1', 'STATUS=' + status)
 
     def sign_of_life(self, start_timeout: float) -> None:
         """While it starts for the first time: as long again as the engine may be silent."""
-        if not self._was_ready and time.monotonic() - self._last_extension > 1:
-            self._last_extension = time.monotonic()
-            seconds = min(start_timeout, 86400) + 15
-            self.tell('EXTEND_TIMEOUT_USEC=%d' % (seconds * 1e6), 'STATUS=the engine is loading')
+        if not self._was_ready and time.monotonic() - self._extended > 1:
+            self._extended = time.monotonic()
+            self.tell('EXTEND_TIMEOUT_USEC=%d' % ((min(start_timeout, 86400) + 15) * 1e6), 'STATUS=the engine is loading')
 
     def reloaded(self) -> None:
         if self._was_ready:
@@ -4318,7 +4091,7 @@ class Notifier:
 
 
 class Mailbox:
-    """What the main thread waits for: signals, and what other threads report.
+    """What the main thread waits for: signals, and other threads that have something for it to look at.
 
     A signal handler may neither lock nor log, and a wait on a queue lost 41 of 20,000 wake-ups:
     the interpreter writes the signal's number into a socket instead (signal.set_wakeup_fd).
@@ -4327,38 +4100,32 @@ class Mailbox:
     def __init__(self) -> None:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
-        self._posted: Deque[Tuple[str, str]] = collections.deque()
+        self._caught: List[int] = []
 
     def catch(self, *names: str) -> None:
         """From now on these signals arrive here; only in the main thread."""
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        for name in names:
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), lambda signum, frame: None)
+        self._caught = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        for number in self._caught:
+            signal.signal(number, lambda signum, frame: None)
 
-    def post(self, name: str, detail: str = '') -> None:
-        self._posted.append((name, detail))
-        try:
+    def wake(self) -> None:
+        with contextlib.suppress(OSError):      # full: it wakes anyway
             self._writer.send(b'\0')
-        except OSError:
-            pass        # full: it wakes anyway
 
-    def wait(self, seconds: float) -> Tuple[str, str]:
-        """The next (name, detail); ('timeout', '') when there is none."""
-        if not self._posted:
-            self._reader.settimeout(None if math.isinf(seconds) else max(seconds, 0.001))
-            try:
-                number = self._reader.recv(1)[0]
-            except socket.timeout:
-                return 'timeout', ''
-            if number:
-                return signal.Signals(number).name, ''
-        return self._posted.popleft() if self._posted else ('nothing', '')
+    def wait(self, seconds: float) -> str:
+        """The name of a signal; '' where another thread woke it, or the time is over."""
+        self._reader.settimeout(None if math.isinf(seconds) else max(seconds, 0.001))
+        try:
+            number = self._reader.recv(1)[0]
+        except socket.timeout:
+            return ''
+        return signal.Signals(number).name if number else ''
 
-    def close(self, *names: str) -> None:
+    def close(self) -> None:
         """Signals are ignored from now on: an interpreter that ends would give them their default action back."""
-        for name in names:
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+        for number in self._caught:
+            signal.signal(number, signal.SIG_IGN)
         signal.set_wakeup_fd(-1)
         self._reader.close()
         self._writer.close()
@@ -4372,230 +4139,197 @@ class Gateway(GatewayParts, WatchdogListener):
     def __init__(self, config: Config, load: Callable[[], Config]) -> None:
         """`load` reads the configuration again, for a reload. Raises OSError where the address cannot be had."""
         self._load = load
-        self.config = config
-        self.rules = AccessRules(config.server)
-        self.mailbox = Mailbox()
+        self._failure = ''
+        self._mailbox = Mailbox()
+        self._notifier = Notifier()
         self.connections = Connections(self.all_idle)
         self.relay = Relay()
-        self.relay.write_timeout = config.server.write_timeout
         self.metrics = Metrics()
         self.queue = AdmissionQueue(config.queue)
         self.watchdog = Watchdog(config.engine, config.server.drain_timeout, self)
         self.upstream = Upstream(self.watchdog)
-        self._notifier = Notifier()
+        self._adopt(config)
         self._server = GatewayServer(self, GatewayHandler)
-        self.port = self._server.server_port
+        self._addr = config.server.addr
+        host = '127.0.0.1' if self._addr[0] in ('', '0.0.0.0', '::') else self._addr[0]
+        self._url = 'http://' + bracketed(host, self._server.server_port)       # for a person on this machine
+
+    def _adopt(self, config: Config) -> None:
+        self.config = config
+        self.rules = AccessRules(config.server)
+        self.relay.write_timeout = config.server.write_timeout
+        for warning in config_warnings(config):
+            log.warn(warning)
 
     def run(self) -> int:
         """Serves until a signal; returns the exit code."""
         self.relay.start()
         threading.Thread(target=self._server.serve_forever, name='accept', daemon=True).start()
-        self.mailbox.catch('SIGTERM', 'SIGINT', 'SIGHUP')
-        say('gollama %s listens on %s' % (__version__, self.url()))
-        log.info('listening', addr=bracketed(self.config.server.addr[0] or '*', self.port), version=__version__)
-        for warning in config_warnings(self.config):
-            log.warn(warning)
+        self._mailbox.catch('SIGTERM', 'SIGINT', 'SIGHUP')
+        say('gollama %s listens on %s' % (__version__, self._url))
+        log.info('listening', addr=bracketed(self._addr[0] or '*', self._server.server_port), version=__version__)
         self.watchdog.start()
         try:
-            return self._serve_until_told()
+            while not self._failure:
+                told = self._mailbox.wait(math.inf)
+                if told == 'SIGHUP':
+                    self._reload()
+                elif told:
+                    self._drain_and_stop(told)
+                    return 0
+            say('gollama: ' + self._failure, sys.stderr)
+            return 1
         finally:
             self._end()
 
-    def url(self) -> str:
-        """Where a person on this machine reaches it."""
-        host = self.config.server.addr[0]
-        return 'http://' + bracketed('127.0.0.1' if host in ('', '0.0.0.0', '::') else host, self.port)
-
-    def _serve_until_told(self) -> int:
-        while True:
-            name, detail = self.mailbox.wait(math.inf)
-            if name == 'SIGHUP':
-                self._reload()
-            elif name in ('SIGTERM', 'SIGINT'):
-                return self._drain_and_stop(name)
-            elif name == 'failed':
-                say('gollama: ' + detail, sys.stderr)
-                return 1
-
-    def _drain_and_stop(self, why: str) -> int:
+    def _drain_and_stop(self, told: str) -> None:
         """No new requests, those waiting are refused, those in flight get drain_timeout; a second signal ends it all."""
         self.closing = True
         self._notifier.tell('STOPPING=1', 'STATUS=draining')
-        log.info('stopping', signal=why, in_flight=self.connections.busy)
+        log.info('stopping', signal=told, in_flight=self.connections.busy)
         self.queue.close()
         self.watchdog.gate.close()
-        deadline = Deadline(self.config.server.drain_timeout)
         if self.connections.busy:
             say('stopping: %d requests are in progress, waiting for them (Ctrl-C again: stop at once)' % self.connections.busy)
-        kill = not self._wait_until(lambda: not self.connections.busy, deadline)
-        self.watchdog.stop(kill)
-        if not kill:
+        if self._wait_for(self._is_idle, self.config.server.drain_timeout):
+            self.watchdog.stop()
             say('stopping the engine')
-            kill = not self._wait_until(self.watchdog.ended.is_set, Deadline(math.inf))
-            if kill:
-                self.watchdog.stop(kill)
-        self.watchdog.ended.wait(self.CUT_SHOWS_WITHIN if kill else None)
-        self._wait_until(lambda: not self.connections.busy, Deadline(0 if kill else self.CUT_SHOWS_WITHIN))
-        say('stopped')
-        log.info('stopped')
-        return 0
+            if self._wait_for(self.watchdog.ended.is_set, math.inf):
+                self._wait_for(self._is_idle, self.CUT_SHOWS_WITHIN)
 
-    def _wait_until(self, done: Callable[[], bool], deadline: Deadline) -> bool:
-        """False where a second signal came; True when it is done, or the deadline has passed."""
+    def _is_idle(self) -> bool:
+        return not self.connections.busy
+
+    def _wait_for(self, done: Callable[[], bool], seconds: float) -> bool:
+        """Until it is done, or the time is over. False where a second signal came."""
+        deadline = Deadline(seconds)
         while not done() and not deadline.expired:
-            if self.mailbox.wait(deadline.remaining())[0] in ('SIGTERM', 'SIGINT'):
+            if self._mailbox.wait(deadline.remaining()) in ('SIGTERM', 'SIGINT'):
                 return False
         return True
 
     def _end(self) -> None:
+        """What was not stopped politely is killed."""
         self._server.server_close()     # its thread may wait half a second in poll; it ends with the process
         self.watchdog.stop(kill=True)
         self.watchdog.ended.wait(5)
         self.relay.close()
         self.relay.join(1)
         self.upstream.pool.expire(-1)
-        self.mailbox.close('SIGTERM', 'SIGINT')
+        self._mailbox.close()
+        if self.closing:
+            say('stopped')
+            log.info('stopped')
 
     def _reload(self) -> None:
         try:
             config = self._load()
             engine_command(config.engine)
             log.configure(config.logger)
-        except ConfigError as error:
-            for problem in error.problems:
+        except (ConfigError, OSError) as error:
+            for problem in error.problems if isinstance(error, ConfigError) else ['logger.log-path: %s' % error]:
                 log.error('the configuration is bad, nothing was changed', problem=problem)
             return
-        except OSError as error:
-            log.error('the configuration is bad, nothing was changed', problem='logger.log-path: %s' % error)
-            return
-        if config.server.addr != self.config.server.addr:
+        if config.server.addr != self._addr:
             log.warn('server.addr has changed: this needs a restart')
-        self.rules = AccessRules(config.server)
-        self.config = config
-        self.relay.write_timeout = config.server.write_timeout
+        self._adopt(config)
         self.queue.reconfigure(config.queue)
         restarts = self.watchdog.reconfigure(config.engine, config.server.drain_timeout)
         log.info('configuration reloaded', engine='restarts' if restarts else 'unchanged')
-        for warning in config_warnings(config):
-            log.warn(warning)
         self._notifier.reloaded()
 
     # -- told by others, in their threads
 
     def all_idle(self) -> None:
         if self.closing:
-            self.mailbox.post('idle')
+            self._mailbox.wake()
 
     def engine_changed(self, state: EngineState, detail: str) -> None:
-        if state is EngineState.READY:
-            self._notifier.ready('ready')
-            if self.watchdog.gate.generation == 1:
-                say('the engine is ready after %s s; try it:\n  %s' % (detail, self._curl()))
-            else:
-                say('the engine is ready again after %s s' % detail)
-            self._compare_slots()
-        elif state is EngineState.STARTING:
+        generation = self.watchdog.gate.generation      # 0: none has been ready yet
+        if state is EngineState.STARTING:
             say('starting the engine (%s) and waiting until its model is loaded' % detail)
-            self._notifier.sign_of_life(self.config.engine.start_timeout)
-        elif state in (EngineState.DIED, EngineState.HUNG) and self.watchdog.gate.generation:
+            self.sign_of_life()
+        elif state is EngineState.READY:
+            self._notifier.ready()
+            again, hint = (' again', '') if generation > 1 else ('', self._hint())
+            say('the engine is ready%s after %s s%s' % (again, detail, hint))
+            slots, wanted = self.watchdog.slots(), self.config.queue.max_concurrency
+            if slots is not None and slots < wanted:
+                log.warn('queue.max_concurrency is more than the slots of the engine: the rest waits inside the engine',
+                         max_concurrency=wanted, slots=slots)
+        elif state in (EngineState.DIED, EngineState.HUNG) and generation:
             say('the engine %s (%s); it is started again' % (state.value, detail.partition('\n')[0]))
             self._notifier.tell('STATUS=the engine %s, restarting' % state.value)
 
-    def _curl(self) -> str:
-        auth = "-H 'Authorization: Bearer YOUR_KEY' " if self.config.server.api_keys else ''
-        return ("curl %s/v1/chat/completions %s-d '{\"messages\": [{\"role\": \"user\", \"content\": \"Hello\"}]}'" % (self.url(), auth))
-
-    def _compare_slots(self) -> None:
-        slots = self.watchdog.slots()
-        if slots is not None and slots < self.config.queue.max_concurrency:
-            log.warn('queue.max_concurrency is more than the slots of the engine: the rest waits inside the engine', max_concurrency=self.config.queue.max_concurrency, slots=slots)
+    def _hint(self) -> str:
+        key = "-H 'Authorization: Bearer YOUR_KEY' " if self.config.server.api_keys else ''
+        return '; try it:\n  curl %s/v1/chat/completions %s-d \'{"messages": [{"role": "user", "content": "Hello"}]}\'' % (self._url, key)
 
     def sign_of_life(self) -> None:
         self._notifier.sign_of_life(self.config.engine.start_timeout)
 
     def engine_failed_to_start(self, message: str) -> None:
-        self.mailbox.post('failed', message)
+        self._failure = message
+        self._mailbox.wake()
 
     def watchdog_ended(self) -> None:
-        self.mailbox.post('ended')
+        self._mailbox.wake()
 
 
 # ---------------------------------------------------------------------------------------------
 # Command line
 
 
-def raise_descriptor_limit() -> None:
-    """Each request can need two descriptors; the usual soft limit of 1024 is soon used up."""
-    try:
-        import resource
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (65536 if hard == resource.RLIM_INFINITY else min(hard, 65536), hard))
-    except (ImportError, ValueError, OSError):
-        pass        # Windows, or not allowed
-
-
 def make_parser() -> argparse.ArgumentParser:
-    lines = ['%-26s %s (default %s)' % (k.path, k.doc, json.dumps(k.default)) for k in CONFIG_KEYS]
+    keys = ['  %-26s %s (default %s)' % (k.path, k.doc, json.dumps(k.default)) for k in CONFIG_KEYS]
+    codes = 'exit codes: 0 stopped on request, 1 could not start or failed, 2 bad usage or configuration'
     parser = argparse.ArgumentParser(
         prog='gollama.py', add_help=False, usage='python gollama.py [--config FILE] [--demo] [--check]',
         description='A gateway in front of one local llama-server: starts it, keeps it alive, queues and forwards the OpenAI API.',
-        epilog='configuration keys:\n  ' + '\n  '.join(lines) + '\n\nexit codes: 0 stopped on request, 1 could not start or failed, '
-               '2 bad usage or configuration', formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=120))
+        epilog='\n'.join(['configuration keys:', *keys, '', codes]),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=120))
     group = parser.add_argument_group('options')
-    group.add_argument('--config', metavar='FILE', default=None, help='the configuration (default config.json)')
+    group.add_argument('--config', metavar='FILE', help='the configuration (default config.json)')
     group.add_argument('-config', dest='config', default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     group.add_argument('--demo', action='store_true', help='use the built-in demo engine in place of engine.bin and engine.args')
     group.add_argument('--check', action='store_true', help='check the configuration, print the engine command, start nothing')
     group.add_argument('--version', action='version', version='gollama ' + __version__, help='print the version')
     group.add_argument('--help', '-h', action='help', help='print this')
-    for hidden in ('--demo-engine', '--host', '--port'):
-        group.add_argument(hidden, help=argparse.SUPPRESS, **({'action': 'store_true'} if hidden == '--demo-engine' else {}))   # type: ignore[arg-type]
+    group.add_argument('--demo-engine', action='store_true', help=argparse.SUPPRESS)
+    group.add_argument('--host', default='127.0.0.1', help=argparse.SUPPRESS)
+    group.add_argument('--port', default=0, type=int, help=argparse.SUPPRESS)
     return parser
 
 
 def free_loopback_port() -> int:
     """A port that was free a moment ago."""
-    with socket.socket() as sock:
-        sock.bind(('127.0.0.1', 0))
-        port: int = sock.getsockname()[1]
-        return port
+    with socket.create_server(('127.0.0.1', 0)) as sock:
+        return int(sock.getsockname()[1])
 
 
-def config_loader(path: Optional[str], demo: bool) -> Callable[[], Config]:
-    """What reads the configuration, now and for a reload."""
-    name = path or 'config.json'
-    port = free_loopback_port() if demo else 0
-
-    def load() -> Config:
-        if demo and path is None and not os.path.exists(name):
-            return demo_config(parse_config({}, demo=True), port)
-        config = load_config(name, demo)
-        return demo_config(config, port) if demo else config
-    return load
-
-
-def complain(problems: Sequence[str]) -> None:
-    for problem in problems:
-        say('gollama: ' + problem, sys.stderr)
-
-
-STACK_SIZE = 1024 * 1024    # bytes of address space for each thread; only what is touched is memory
+def read_config(path: Optional[str], demo_port: int) -> Config:
+    """The configuration, at the start and for a reload; with a port, that of a demo."""
+    without_file = demo_port and path is None and not os.path.exists('config.json')
+    config = parse_config({}, demo=True) if without_file else load_config(path or 'config.json', bool(demo_port))
+    return demo_config(config, demo_port) if demo_port else config
 
 
 def run_gateway(config: Config, load: Callable[[], Config]) -> int:
-    """Runs a gateway; returns the exit code."""
+    """Runs a gateway; returns the exit code. Raises ConfigError."""
     try:
         log.configure(config.logger)
     except OSError as error:
-        complain(['logger.log-path: %s; choose another place' % error])
-        return 2
-    raise_descriptor_limit()
-    threading.stack_size(STACK_SIZE)
+        raise ConfigError(['logger.log-path: %s; choose another place' % error]) from None
+    with contextlib.suppress(ImportError, ValueError, OSError):     # Windows, or not allowed
+        import resource     # a request can need two descriptors; the usual soft limit of 1024 is soon used up
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (65536 if hard == resource.RLIM_INFINITY else min(hard, 65536), hard))
+    threading.stack_size(1024 * 1024)       # address space for each thread; only what is touched is memory
     try:
         gateway = Gateway(config, load)
     except OSError as error:
-        complain(['cannot listen on %s: %s; choose another server.addr, or end what uses it'
-                  % (bracketed(*config.server.addr), error.strerror or error)])
+        say('gollama: cannot listen on %s: %s; choose another server.addr, or end what uses it'
+            % (bracketed(*config.server.addr), error.strerror or error), sys.stderr)
         return 1
     return gateway.run()
 
@@ -4604,21 +4338,23 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """The program; returns its exit code."""
     options = make_parser().parse_args(argv)
     if options.demo_engine:
-        return run_demo_engine(options.host or '127.0.0.1', int(options.port or 0))
-    load = config_loader(options.config, options.demo)
+        return run_demo_engine(options.host, options.port)
+    load = functools.partial(read_config, options.config, free_loopback_port() if options.demo else 0)
     try:
         config = load()
         command = engine_command(config.engine)
+        if not options.check:
+            return run_gateway(config, load)
     except ConfigError as error:
-        complain(error.problems)
+        say('\n'.join('gollama: ' + problem for problem in error.problems), sys.stderr)
         return 2
-    if options.check:
-        say('the configuration is good; the engine would be started as\n  %s' % masked(command))
-        for warning in config_warnings(config):
-            say('warning: ' + warning)
-        return 0
-    return run_gateway(config, load)
+    warnings = ['warning: ' + warning for warning in config_warnings(config)]
+    say('\n'.join(['the configuration is good; the engine would be started as', '  ' + masked(command), *warnings]))
+    return 0
 
+
+if __name__ == '__main__':
+    sys.exit(main())
 
 
 if __name__ == '__main__':
