@@ -29,7 +29,7 @@ Threads: main (waits for signals), accept (the listener), one a client connectio
 waiting, whole answers), the relay (one selector: watches the clients of requests that last,
 copies all streams), the watchdog, and for each engine an output pump and a reaper.
 
-The journey of a request, `GatewayHandler.forward`:
+The journey of a request, `GatewayHandler._forward`:
 
     read the head and the whole body            400 408 413
     admission queue: wait for a slot            429; the client may leave
@@ -64,7 +64,6 @@ import functools
 import hashlib
 import heapq
 import hmac
-import http
 import http.client
 import http.server
 import ipaddress
@@ -2763,9 +2762,17 @@ BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 
 KNOWN_PATHS = 64        # forwarded paths that get a label of their own
 MINUTES = 15            # of history for the status page
 
+Samples = Iterable[Tuple[str, object]]
+
+
+def metric(name: str, kind: str, doc: str, samples: Samples) -> str:
+    """A metric in Prometheus' text format; a sample is (suffix and labels, value)."""
+    lines = ['# HELP %s %s' % (name, doc), '# TYPE %s %s' % (name, kind)]
+    return '\n'.join(lines + ['%s%s %s' % (name, suffix, value) for suffix, value in samples]) + '\n'
+
 
 class Histogram:
-    """Counts of seconds in BUCKETS, as Prometheus has them."""
+    """Counts of seconds in BUCKETS."""
 
     def __init__(self) -> None:
         self._counts = [0] * (len(BUCKETS) + 1)
@@ -2775,13 +2782,10 @@ class Histogram:
         self._counts[bisect.bisect_left(BUCKETS, seconds)] += 1
         self._sum += seconds
 
-    def lines(self, name: str) -> Iterator[str]:
-        total = 0
-        for bound, count in zip([*map(repr, BUCKETS), '+Inf'], self._counts):
-            total += count
-            yield '%s_bucket{le="%s"} %d' % (name, bound, total)
-        yield '%s_sum %r' % (name, self._sum)
-        yield '%s_count %d' % (name, total)
+    def samples(self) -> Samples:
+        totals = list(itertools.accumulate(self._counts))
+        buckets = [('_bucket{le="%s"}' % bound, total) for bound, total in zip([*BUCKETS, '+Inf'], totals)]
+        return [*buckets, ('_sum', self._sum), ('_count', totals[-1])]
 
 
 class Metrics:
@@ -2791,7 +2795,7 @@ class Metrics:
         # _lock guards all below.
         self._lock = threading.Lock()
         self._started = time.monotonic()
-        self._by_path: Dict[Tuple[str, int], int] = collections.defaultdict(int)
+        self._answers: Dict[Tuple[str, int], int] = collections.defaultdict(int)    # by path and status
         self._paths: Set[str] = set()
         self._outcomes = dict.fromkeys(OUTCOMES, 0)
         self._tokens = {'prompt': 0, 'completion': 0}
@@ -2802,7 +2806,7 @@ class Metrics:
     def record(self, exchange: Exchange, fields: Dict[str, object], seconds: float) -> None:
         """A request is over; `fields` are its log line."""
         with self._lock:
-            self._by_path[self._label(exchange), exchange.status or 0] += 1
+            self._answers[self._label(exchange), exchange.status or 0] += 1
             if not exchange.counted:
                 return
             self._outcomes[exchange.outcome] += 1
@@ -2813,9 +2817,11 @@ class Metrics:
             self._tokens['prompt'] += exchange.prompt_tokens or 0
             self._tokens['completion'] += exchange.tokens or 0
             self._recent.append({'time': log.time(), **fields})
-            minute = self._this_minute()
-            minute['requests'] += 1
-            minute['tokens'] += exchange.tokens or 0
+            minute = int(time.time()) // 60 * 60
+            if not self._minutes or self._minutes[-1]['at'] != minute:
+                self._minutes.append({'at': minute, 'requests': 0, 'tokens': 0})
+            self._minutes[-1]['requests'] += 1
+            self._minutes[-1]['tokens'] += exchange.tokens or 0
 
     def _label(self, exchange: Exchange) -> str:
         path = exchange.path
@@ -2826,52 +2832,43 @@ class Metrics:
         self._paths.add(path)
         return path
 
-    def _this_minute(self) -> Dict[str, int]:
-        at = int(time.time()) // 60 * 60
-        if not self._minutes or self._minutes[-1]['at'] != at:
-            self._minutes.append({'at': at, 'requests': 0, 'tokens': 0})
-        return self._minutes[-1]
-
     def status(self) -> Dict[str, Any]:
         with self._lock:
             return {'uptime_seconds': round(time.monotonic() - self._started, 3),
                     'requests': {'total': sum(self._outcomes.values()), **self._outcomes},
                     'tokens': dict(self._tokens), 'recent': list(self._recent), 'minutes': [dict(m) for m in self._minutes]}
 
-    def text(self, gauges: Sequence[Tuple[str, str, str, object]]) -> str:
-        """Prometheus' text format; `gauges` are (name with labels, type, help, value) of others."""
+    def text(self) -> str:
+        """In Prometheus' text format."""
         with self._lock:
-            families: List[Tuple[str, str, str, Iterable[str]]] = [
-                ('gollama_requests_total', 'counter', 'Requests by path and status.',
-                 ['gollama_requests_total{path="%s",status="%d"} %d' % (re.sub(r'["\\]', r'\\\g<0>', path), status, count)
-                  for (path, status), count in sorted(self._by_path.items())]),
-                ('gollama_requests_outcome_total', 'counter', 'Requests under a forwarded prefix by outcome.',
-                 ['gollama_requests_outcome_total{outcome="%s"} %d' % item for item in self._outcomes.items()]),
-                ('gollama_tokens_total', 'counter', "Tokens, as the engine's usage or timings say.",
-                 ['gollama_tokens_total{kind="%s"} %d' % item for item in self._tokens.items()]),
-                ('gollama_queue_wait_seconds', 'histogram', 'Time a request waited for its turn.',
-                 list(self._queue_wait.lines('gollama_queue_wait_seconds'))),
-                ('gollama_first_byte_seconds', 'histogram', 'Time from a request to the first byte of its answer.',
-                 list(self._first_byte.lines('gollama_first_byte_seconds'))),
-                ('gollama_request_seconds', 'histogram', 'Time from a request to the end of its answer.',
-                 list(self._duration.lines('gollama_request_seconds')))]
-        families += [(name.partition('{')[0], kind, doc, ['%s %s' % (name, value)]) for name, kind, doc, value in gauges]
-        return ''.join('# HELP %s %s\n# TYPE %s %s\n%s\n' % (name, doc, name, kind, '\n'.join(lines))
-                       for name, kind, doc, lines in families)
+            answers = [('{path="%s",status="%d"}' % (path.replace('"', r'\"'), status), count)
+                       for (path, status), count in sorted(self._answers.items())]
+            outcomes = [('{outcome="%s"}' % name, count) for name, count in self._outcomes.items()]
+            tokens = [('{kind="%s"}' % kind, count) for kind, count in self._tokens.items()]
+            waits, firsts, durations = self._queue_wait.samples(), self._first_byte.samples(), self._duration.samples()
+        return ''.join([
+            metric('gollama_requests_total', 'counter', 'Requests by path and status.', answers),
+            metric('gollama_requests_outcome_total', 'counter', 'Requests under a forwarded prefix by outcome.', outcomes),
+            metric('gollama_tokens_total', 'counter', "Tokens, as the engine's usage or timings say.", tokens),
+            metric('gollama_queue_wait_seconds', 'histogram', 'Time a request waited for its turn.', waits),
+            metric('gollama_first_byte_seconds', 'histogram', 'Time from a request to the first byte of its answer.', firsts),
+            metric('gollama_request_seconds', 'histogram', 'Time from a request to the end of its answer.', durations)])
 
 
 _USAGE = re.compile(rb'(?<!\\)"(completion_tokens|predicted_n|prompt_tokens|prompt_n)"\s*:\s*(\d{1,12})')
 _ERROR_EVENT = re.compile(rb'^(?:data: ?\{\s*"error"\s*:|error: ?\{)', re.MULTILINE)
 
 
-def read_usage(exchange: Exchange, text: bytes) -> None:
-    """Takes the token counts from the engine's `usage` or `timings`; the last ones count."""
+def read_answer(exchange: Exchange, text: bytes, event_stream: bool) -> None:
+    """Takes the token counts from the engine's `usage` or `timings` (the last ones count), and notices an error event."""
     at = max(text.rfind(b'"usage"'), text.rfind(b'"timings"'))
     for name, count in _USAGE.findall(text, at) if at >= 0 else ():
         if name in (b'completion_tokens', b'predicted_n'):
             exchange.tokens = int(count)
         else:
             exchange.prompt_tokens = int(count)
+    if event_stream and exchange.outcome == 'ok' and _ERROR_EVENT.search(text):
+        exchange.outcome = 'failed'
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3145,15 +3142,26 @@ def status_page() -> Tuple[bytes, str]:
 # HTTP front: reading
 
 LINGER_PAUSE, LINGER_TOTAL = 5.0, 30.0      # seconds; nginx's lingering_timeout and lingering_time
-FORGIVEN = b'\r\n'                          # an empty line before a request; RFC 9112, section 2.2
+
+
+def malformed(why: object) -> GatewayError:
+    return GatewayError('bad_request', 'malformed request: %s' % why)
 
 
 def body_too_large(server: ServerConfig) -> GatewayError:
     return GatewayError('body_too_large', 'the request body is larger than %d bytes (server.max_body)' % server.max_body)
 
 
-def too_many_headers() -> GatewayError:
-    return GatewayError('headers_too_large', 'more than %d headers' % HEADER_COUNT)
+def check_size(head: bytes) -> None:
+    """Refuses a head, whole or not yet, that is too large. Raises GatewayError (414, 431)."""
+    if len(head) <= LINE_LENGTH and head.count(b'\n') <= HEADER_COUNT + 1:
+        return
+    first, *others = head.split(b'\r\n')
+    if len(first) > LINE_LENGTH:
+        raise GatewayError('uri_too_long', 'the request line is longer than %d bytes' % LINE_LENGTH)
+    if len(head) > HEAD_LENGTH or len(others) > HEADER_COUNT + 1 or any(len(line) > LINE_LENGTH for line in others):
+        raise GatewayError('headers_too_large', 'more than %d headers, one longer than %d bytes, or all together than %d'
+                           % (HEADER_COUNT, LINE_LENGTH, HEAD_LENGTH))
 
 
 class RequestReader:
@@ -3162,131 +3170,84 @@ class RequestReader:
     def __init__(self, connection: ClientConnection) -> None:
         self._connection = connection
 
+    def _receive(self, deadline: Deadline) -> Any:
+        """Some bytes. Raises GatewayError (408), and ClientGone at end-of-file."""
+        try:
+            data = self._connection.receive(deadline)
+        except socket.timeout:
+            raise GatewayError('request_timeout', 'the request did not arrive in time (server.read_timeout)') from None
+        if not data:
+            raise ClientGone
+        return data
+
     def wait_for_request(self, idle: Deadline) -> bool:
         """Until the first byte of a request is there; False where none came."""
+        connection, forgiven = self._connection, 2      # empty lines before it; RFC 9112, section 2.2
         try:
-            return bool(self._connection.buffer) or self._more(idle)
-        except socket.timeout:
+            while True:
+                if forgiven and connection.buffer.startswith(b'\r\n'):
+                    connection.buffer, forgiven = connection.buffer[2:], forgiven - 1
+                elif connection.buffer in (b'', b'\r'):
+                    connection.buffer += self._receive(idle)
+                else:
+                    return True
+        except (GatewayError, ClientGone):
             return False
 
-    def _more(self, deadline: Deadline) -> bool:
-        data = self._connection.receive(deadline)
-        self._connection.buffer += data     # type: ignore[operator]
-        return bool(data)
-
-    def head(self, deadline: Deadline) -> Optional[RequestHead]:
-        """The next request's head, None at end-of-file. Raises GatewayError (400, 408, 414, 431)."""
-        connection = self._connection
-        forgiven, seen = 2, 0       # seen: bytes that were looked at; a trickled head is not read again from its start
+    def head(self, deadline: Deadline) -> RequestHead:
+        """The next request's head. Raises GatewayError (400, 408, 414, 431) and ClientGone."""
+        connection, seen = self._connection, 0      # bytes that were looked at: a trickled head is not read again from its start
         while True:
-            while forgiven and not seen and connection.buffer.startswith(FORGIVEN):
-                connection.buffer = connection.buffer[2:]
-                forgiven -= 1
             end = connection.buffer.find(b'\r\n\r\n', max(0, seen - 3))
             if end >= 0:
                 break
-            self._check_unfinished(connection.buffer, max(0, seen - 1))
-            seen = len(connection.buffer) if len(connection.buffer) > 2 else 0
-            if not self._read_on(deadline):
-                return None
+            check_size(connection.buffer)
+            if _NOT_IN_A_HEAD.search(connection.buffer, max(0, seen - 1)):      # it would never end: bare line feeds, or TLS
+                raise malformed('a control character, a bare CR or a bare LF')
+            seen = len(connection.buffer)
+            connection.buffer += self._receive(deadline)
         head, connection.buffer = connection.buffer[:end + 2], connection.buffer[end + 4:]
-        if len(head) > LINE_LENGTH:
-            self._check_lines(head)
+        check_size(head)
         try:
-            parsed = parse_request_head(head)
+            return parse_request_head(head)
         except Malformed as error:
-            raise GatewayError('bad_request', 'malformed request: %s' % error) from None
-        if len(parsed.names) > HEADER_COUNT:
-            raise too_many_headers()
-        return parsed
-
-    def _read_on(self, deadline: Deadline) -> bool:
-        try:
-            return self._more(deadline)
-        except socket.timeout:
-            raise GatewayError('request_timeout', 'the request did not arrive in time (server.read_timeout)') from None
-
-    @staticmethod
-    def _check_lines(head: bytes) -> None:
-        first, *others = head.split(b'\r\n')
-        if len(first) > LINE_LENGTH:
-            raise GatewayError('uri_too_long', 'the request line is longer than %d bytes' % LINE_LENGTH)
-        if len(head) > HEAD_LENGTH or any(len(line) > LINE_LENGTH for line in others):
-            raise GatewayError('headers_too_large', 'a header is longer than %d bytes, or all together than %d' % (LINE_LENGTH, HEAD_LENGTH))
-
-    def _check_unfinished(self, head: bytes, seen: int) -> None:
-        if len(head) > HEAD_LENGTH or len(head) - head.rfind(b'\n') > LINE_LENGTH:
-            self._check_lines(head)
-        if head.count(b'\n') > HEADER_COUNT + 1:
-            raise too_many_headers()
-        if _NOT_IN_A_HEAD.search(head, seen):       # it would never end otherwise: bare line feeds, or TLS
-            raise GatewayError('bad_request', 'malformed request: a control character, a bare CR or a bare LF')
+            raise malformed(error) from None
 
     def body(self, head: RequestHead, body: RequestBody, server: ServerConfig) -> None:
         """Reads the body whole. Raises GatewayError (400, 408, 413, 429) and ClientGone."""
-        if head.expects and head.version11 and (head.chunked or head.length > len(self._connection.buffer)):
-            self._connection.send(b'HTTP/1.1 100 Continue\r\n\r\n')
-        if head.chunked:
-            self._chunked_body(body, server)
-        elif head.length:
-            self._body_by_length(head.length, body, server)
-
-    def _body_by_length(self, length: int, body: RequestBody, server: ServerConfig) -> None:
         connection = self._connection
-        have = connection.buffer[:length]
-        connection.buffer = connection.buffer[length:]
-        body.hold(len(have))
-        if len(have) == length:
-            body.data = have
+        if not head.chunked and head.length <= len(connection.buffer):      # as most are
+            body.hold(head.length)
+            body.data, connection.buffer = connection.buffer[:head.length], connection.buffer[head.length:]
             return
-        body.data = bytearray(length)       # zero pages: memory grows only as bytes arrive
-        view = memoryview(body.data)
-        view[:len(have)] = have
-        at = len(have)
-        while at < length:
-            try:
-                count = connection.receive(Deadline(server.read_timeout), view[at:])
-            except socket.timeout:
-                raise GatewayError('request_timeout', 'the body stopped arriving (server.read_timeout)') from None
-            if not count:
-                raise ClientGone
-            body.hold(count)        # type: ignore[arg-type]
-            at += count             # type: ignore[operator]
-
-    def _chunked_body(self, body: RequestBody, server: ServerConfig) -> None:
-        connection, follower = self._connection, ChunkedBody(collect=True)
-        whole = bytearray()
-        while True:
-            data, connection.buffer = connection.buffer, b''
+        if head.expects and head.version11:
+            connection.send(b'HTTP/1.1 100 Continue\r\n\r\n')
+        follower = ChunkedBody(collect=True) if head.chunked else BodyByLength(head.length, collect=True)
+        body.data = whole = bytearray()
+        while not follower.done:
+            data, connection.buffer = connection.buffer or self._receive(Deadline(server.read_timeout)), b''
             try:
                 follower.feed(data)
             except Malformed as error:
-                raise GatewayError('bad_request', 'malformed request: %s' % error) from None
-            if follower.announced > server.max_body:
-                raise body_too_large(server)
+                raise malformed(error) from None
+            if isinstance(follower, ChunkedBody):
+                if follower.announced > server.max_body:
+                    raise body_too_large(server)
+                body.check(follower.announced - len(whole))
             payload = follower.take_payload()
             body.hold(len(payload))
-            body.check(follower.announced - len(whole) - len(payload))
             whole += payload
-            if follower.done:
-                body.data, connection.buffer = whole, follower.excess
-                return
-            if not self._read_on(Deadline(server.read_timeout)):
-                raise ClientGone
+        connection.buffer = follower.excess
 
     def linger(self) -> None:
         """Reads and drops what a refused client still sends, so that it sees the answer: closing at once would reset it."""
-        try:
-            self._connection.sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            return
         self._connection.buffer = b''
         total = Deadline(LINGER_TOTAL)
-        scrap = memoryview(bytearray(RECV_SIZE))
         try:
-            while self._connection.receive(Deadline(min(LINGER_PAUSE, total.remaining())), scrap):
+            self._connection.sock.shutdown(socket.SHUT_WR)
+            while self._connection.receive(Deadline(min(LINGER_PAUSE, total.remaining()))):
                 pass
-        except socket.timeout:
+        except OSError:     # a timeout, too
             pass
 
 
@@ -3294,8 +3255,7 @@ class RequestReader:
 # HTTP front: rules of admission
 
 # Names that nobody can own in the public DNS, so no stranger's page can point them here.
-_LOCAL_SUFFIXES = ('.local', '.localhost', '.internal', '.lan', '.home.arpa', '.svc', '.cluster.local')
-_DEFAULT_PORTS = {'http': ':80', 'https': ':443'}
+LOCAL_SUFFIXES = ('.local', '.localhost', '.internal', '.lan', '.home.arpa', '.svc', '.cluster.local')
 
 
 def host_name(host: str) -> str:
@@ -3308,19 +3268,12 @@ def host_name(host: str) -> str:
 def is_local_name(host: str) -> bool:
     """Whether a Host header names this machine in a way that no page of a stranger's can bring about."""
     name = host_name(host)
-    if '.' not in name and ':' not in name or name.endswith(_LOCAL_SUFFIXES) or name == socket.gethostname().lower():
+    if '.' not in name and ':' not in name or name.endswith(LOCAL_SUFFIXES) or name == socket.gethostname().lower():
         return True
     try:
         return bool(ipaddress.ip_address(name.strip('[]')))
     except ValueError:
         return False
-
-
-def own_origins(host: str) -> Tuple[str, str]:
-    """The origins that a page from this Host has."""
-    host = host.lower()
-    return tuple('%s://%s' % (scheme, host[:-len(port)] if host.endswith(port) else host)    # type: ignore[return-value]
-                 for scheme, port in _DEFAULT_PORTS.items())
 
 
 class AccessRules:
@@ -3337,37 +3290,17 @@ class AccessRules:
             return address
         scheme, _, given = head.fields.get(b'authorization', b'').partition(b' ')
         secret = given.strip() if scheme.lower() == b'bearer' else head.fields.get(b'x-api-key', b'')
-        found = ''
-        for name, expected in self._keys:       # all of them: the time says nothing about which
-            if hmac.compare_digest(secret, expected):
-                found = name
-        if not found:
+        owners = [name for name, expected in self._keys if hmac.compare_digest(secret, expected)]   # all of them: time tells nothing
+        if not owners:
             raise GatewayError('invalid_api_key', 'the API key is absent or wrong; send one as "Authorization: Bearer …"',
                                headers=['WWW-Authenticate: Bearer'])
-        return found
+        return owners[0]
 
-    def allowed_origin(self, head: RequestHead) -> Optional[str]:
-        """The Origin header where it is an allowed one, else None."""
+    def cors(self, head: RequestHead) -> List[str]:
+        """The header lines that let a page of an allowed origin see the answer; none for others."""
         origin = head.text(b'origin')
-        return origin if origin and ('*' in self._origins or origin.lower() in self._origins) else None
-
-    def check_origin(self, head: RequestHead) -> None:
-        """Refuses pages of strangers. Raises GatewayError (403)."""
-        if b'origin' not in head.fields or head.names.count(b'origin') == 1 and (
-                self.allowed_origin(head) or head.text(b'origin').lower() in own_origins(head.host)):
-            return
-        raise GatewayError('origin_not_allowed', 'pages of %s may not call this gateway; add it to server.allowed_origins'
-                           % (head.text(b'origin')[:200] or 'an empty origin'))
-
-    def check_host(self, head: RequestHead) -> None:
-        """Refuses DNS rebinding: a stranger's name that leads here. Raises GatewayError (403)."""
-        if self._keys or '*' in self._origins or is_local_name(head.host) or host_name(head.host) in self._hosts:
-            return
-        raise GatewayError('host_not_allowed', 'the Host %s is not known here; set server.api_keys, or add its origin '
-                           'to server.allowed_origins' % head.host[:200])
-
-    @staticmethod
-    def cors(origin: str) -> List[str]:
+        if not origin or not self._origins.intersection(('*', origin.lower())):
+            return []
         return ['Access-Control-Allow-Origin: ' + origin, 'Access-Control-Expose-Headers: X-Request-Id, Retry-After', 'Vary: Origin']
 
     @staticmethod
@@ -3375,9 +3308,22 @@ class AccessRules:
         lines = ['Access-Control-Allow-Methods: GET, HEAD, POST, OPTIONS',
                  'Access-Control-Allow-Headers: ' + (head.text(b'access-control-request-headers') or 'Authorization, Content-Type'),
                  'Access-Control-Max-Age: 600']
-        if b'access-control-request-private-network' in head.fields:
-            lines.append('Access-Control-Allow-Private-Network: true')
-        return lines
+        private = b'access-control-request-private-network' in head.fields
+        return lines + ['Access-Control-Allow-Private-Network: true'] if private else lines
+
+    def check_origin(self, head: RequestHead) -> None:
+        """Refuses pages of strangers. Raises GatewayError (403)."""
+        host, origin = head.host.lower(), head.text(b'origin')
+        own = ('http://' + re.sub(':80$', '', host), 'https://' + re.sub(':443$', '', host))
+        if head.names.count(b'origin') > 1 or not self.cors(head) and origin.lower() not in own:
+            raise GatewayError('origin_not_allowed', 'pages of %s may not call this gateway; add it to server.allowed_origins'
+                               % (origin[:200] or 'an empty origin'))
+
+    def check_host(self, head: RequestHead) -> None:
+        """Refuses DNS rebinding: a stranger's name that leads here. Raises GatewayError (403)."""
+        if not (self._keys or '*' in self._origins or is_local_name(head.host) or host_name(head.host) in self._hosts):
+            raise GatewayError('host_not_allowed', 'the Host %s is not known here; set server.api_keys, or add its origin '
+                               'to server.allowed_origins' % head.host[:200])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3398,7 +3344,7 @@ class Connections:
         """Makes room for a new connection; False where all others have a request in progress."""
         evicted = None
         with self._lock:
-            if len(self._idle) + len(self._busy) >= limit:
+            if self.count >= limit:
                 if not self._idle:
                     return False
                 evicted, _ = self._idle.popitem(last=False)
@@ -3439,16 +3385,8 @@ class Connections:
         return len(self._idle) + len(self._busy)
 
 
-def listening_socket_family(host: str, port: int) -> Tuple[int, Tuple[Any, ...]]:
-    """(family, address) to bind. Raises OSError where the name is unknown."""
-    if not host:
-        return (socket.AF_INET6, ('::', port)) if socket.has_dualstack_ipv6() else (socket.AF_INET, ('0.0.0.0', port))
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    return family, address
-
-
 class GatewayParts:
-    """What the HTTP front needs of the whole. `settings` are replaced as one by a reload."""
+    """What the HTTP front needs of the whole. `config` and `rules` are replaced by a reload."""
 
     config: Config
     rules: AccessRules
@@ -3460,13 +3398,24 @@ class GatewayParts:
     connections: Connections
     closing = False
 
-    def all_idle(self) -> None:
-        """No request is in progress any more."""
+    def status(self) -> Dict[str, Any]:
+        """What /status says."""
+        return {'version': __version__, 'engine': self.watchdog.status(), 'queue': self.queue.status(),
+                'connections': self.connections.count, 'draining': self.closing, 'now': round(time.time(), 3), **self.metrics.status()}
+
+    def metrics_text(self) -> str:
+        """What /metrics says."""
+        queue, engine = self.queue.status(), self.watchdog.status()
+        build = '{version="%s",python="%s"}' % (__version__, platform.python_version())
+        return self.metrics.text() + ''.join([
+            metric('gollama_in_flight', 'gauge', 'Requests that hold a slot.', [('', queue['in_flight'])]),
+            metric('gollama_waiting', 'gauge', 'Requests that wait for a slot.', [('', queue['waiting'])]),
+            metric('gollama_engine_up', 'gauge', '1 when the engine is ready.', [('', int(self.watchdog.ready))]),
+            metric('gollama_engine_restarts_total', 'counter', 'Starts of the engine after the first.', [('', engine['restarts'])]),
+            metric('gollama_build_info', 'gauge', 'Version of gollama and of Python.', [(build, 1)])])
 
 
-_REASONS = {status.value: status.phrase for status in http.HTTPStatus}
-
-
+JSON = 'Content-Type: application/json'
 _REQUEST_IDS = itertools.count(1)
 _REQUEST_ID_PREFIX = '%x-%x-' % (int(time.time()), os.getpid())     # no getrandom a request
 
@@ -3475,9 +3424,17 @@ def new_request_id() -> str:
     return _REQUEST_ID_PREFIX + '%x' % next(_REQUEST_IDS)
 
 
-def render_head(status: int, lines: Sequence[str]) -> bytes:
-    """The head of an answer of the gateway's own."""
-    return ('HTTP/1.1 %d %s\r\nServer: gollama\r\n%s\r\n\r\n' % (status, _REASONS.get(status, ''), '\r\n'.join(lines))).encode('latin-1')
+def render_head(status: int, lines: Sequence[str], reason: Optional[bytes] = None,
+                passed: Sequence[bytes] = (b'Server: gollama',)) -> bytes:
+    """The head of an answer. `reason` and `passed`, further header lines, are the engine's where the answer is."""
+    if reason is None:
+        reason = http.client.responses[status].encode()
+    return b'\r\n'.join([b'HTTP/1.1 %d %s' % (status, reason), '\r\n'.join(lines).encode('latin-1'), *passed, b'', b''])
+
+
+def error_lines(error: GatewayError) -> List[str]:
+    lines = [JSON, *error.headers]
+    return lines + ['Retry-After: %d' % error.retry_after] if error.retry_after else lines
 
 
 class GatewayServer(http.server.ThreadingHTTPServer):
@@ -3492,16 +3449,18 @@ class GatewayServer(http.server.ThreadingHTTPServer):
     REFUSED_KEPT = 64                   # refused connections that are closed a little later, so that the answer is seen
 
     def __init__(self, gateway: GatewayParts, handler: Type[socketserver.BaseRequestHandler]) -> None:
+        """Raises OSError where the address cannot be had."""
         self.gateway = gateway
-        host, port = gateway.config.server.addr
-        self.address_family, address = listening_socket_family(host, port)
-        self.connections = gateway.connections
         self._refused: Deque[Tuple[float, socket.socket]] = collections.deque()
-        super().__init__(address, handler)
+        host, port = gateway.config.server.addr
+        self._dual_stack = not host and socket.has_dualstack_ipv6()
+        host = host or ('::' if self._dual_stack else '0.0.0.0')
+        self.address_family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        super().__init__(address, handler)     # type: ignore[arg-type]
 
     def server_bind(self) -> None:
         """Without http.server's look-up of the host's name, which can hang."""
-        if self.address_family == socket.AF_INET6 and not self.gateway.config.server.addr[0]:
+        if self._dual_stack:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
@@ -3511,46 +3470,41 @@ class GatewayServer(http.server.ThreadingHTTPServer):
             return super().get_request()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                log.error('no connection accepted', error=error.strerror, connections=self.connections.count)
+                log.error('no connection accepted', error=error.strerror, connections=self.gateway.connections.count)
                 time.sleep(self.PAUSE_WITHOUT_DESCRIPTORS)
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """A thread for the connection; where there is no room or no thread, a refusal."""
-        address = client_address[0]
-        address = address[7:] if address.startswith('::ffff:') else address.partition('%')[0]
-        server = self.gateway.config.server
+        connections, server = self.gateway.connections, self.gateway.config.server
+        address = re.sub('^::ffff:|%.*', '', client_address[0])
         connection = ClientConnection(request, address, server)
-        if not self.connections.opened(connection, server.max_connections):
-            return self._refuse(request, address, 'all %d connections have a request in progress' % server.max_connections)
+        if not connections.opened(connection, server.max_connections):
+            return self._refuse(connection, 'all %d connections have a request in progress' % server.max_connections)
         try:
             # threading.Thread would wait until the new one runs: two switches a connection
             _thread.start_new_thread(self.process_request_thread, (request, connection))
         except RuntimeError as error:
-            self.connections.closed(connection)
-            self._refuse(request, address, str(error))
+            connections.closed(connection)
+            self._refuse(connection, str(error))
 
-    def _refuse(self, request: socket.socket, address: str, why: str) -> None:
+    def _refuse(self, connection: ClientConnection, why: str) -> None:
+        log.warn('connection refused', client=connection.address, why=why)
         error = GatewayError('too_many_connections', 'too many connections: %s; try again soon' % why, 1)
-        log.warn('connection refused', client=address, why=why)
-        body = error.body()
-        request.setblocking(False)
+        body, sock = error.body(), connection.sock
+        lines = ['Content-Length: %d' % len(body), *error_lines(error), 'X-Request-Id: ' + new_request_id(), 'Connection: close']
+        sock.setblocking(False)
         try:
-            request.send(render_head(error.status, ['Content-Type: application/json', 'Content-Length: %d' % len(body), 'Retry-After: 1',
-                                                    'Connection: close', 'X-Request-Id: ' + new_request_id()]) + body)
-            request.shutdown(socket.SHUT_WR)
+            sock.send(render_head(error.status, lines) + body)
+            sock.shutdown(socket.SHUT_WR)
         except OSError:
             pass
-        self._refused.append((time.monotonic(), request))
-        self._close_refused()
-
-    def _close_refused(self) -> None:
-        now = time.monotonic()
-        while self._refused and (len(self._refused) > self.REFUSED_KEPT or now - self._refused[0][0] > 1):
-            self._refused.popleft()[1].close()
+        self._refused.append((time.monotonic(), sock))
 
     def service_actions(self) -> None:
-        self._close_refused()
+        """After each connection, and twice a second."""
+        while self._refused and (len(self._refused) > self.REFUSED_KEPT or time.monotonic() - self._refused[0][0] > 1):
+            self._refused.popleft()[1].close()
         self.gateway.upstream.pool.expire(EnginePool.SECONDS)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -3558,335 +3512,291 @@ class GatewayServer(http.server.ThreadingHTTPServer):
 
     def server_close(self) -> None:
         super().server_close()
-        for _, request in self._refused:
-            request.close()
+        for _, sock in self._refused:
+            sock.close()
 
 
 # ---------------------------------------------------------------------------------------------
 # HTTP front: answering
 
-
+PROBES = ('/healthz', '/livez')     # for monitors: neither a key nor a known Host is asked for
+NO_HEAD = RequestHead(b'GET / HTTP/1.1\r\nHost: -\r\n')     # stands for the head of a request that has not been read
 
 # A JSON parser would recurse as deep as a hostile body likes, on a thread's small stack. Inside a
 # JSON string the quotes are escaped, so a prompt cannot look like this.
 WANTS_STREAM = re.compile(rb'(?<!\\)"stream"\s*:\s*true')
 
 
-def status_report(gateway: GatewayParts) -> Dict[str, Any]:
-    """What /status says."""
-    metrics = gateway.metrics.status()
-    return {'version': __version__, 'uptime_seconds': metrics.pop('uptime_seconds'), 'engine': gateway.watchdog.status(),
-            'queue': gateway.queue.status(), 'connections': gateway.connections.count, 'draining': gateway.closing,
-            'now': round(time.time(), 3), **metrics}
-
-
-def metrics_text(gateway: GatewayParts) -> str:
-    """What /metrics says."""
-    queue, engine = gateway.queue.status(), gateway.watchdog.status()
-    build = 'gollama_build_info{version="%s",python="%s"}' % (__version__, platform.python_version())
-    return gateway.metrics.text([
-        ('gollama_in_flight', 'gauge', 'Requests that hold a slot.', queue['in_flight']),
-        ('gollama_waiting', 'gauge', 'Requests that wait for a slot.', queue['waiting']),
-        ('gollama_engine_up', 'gauge', '1 when the engine is ready.', int(gateway.watchdog.ready)),
-        ('gollama_engine_restarts_total', 'counter', 'Starts of the engine after the first.', engine['restarts']),
-        (build, 'gauge', 'Version of gollama and of Python.', 1)])
-
-
-class Heartbeat:
-    """SSE comments for a streaming request that waits, so that proxies keep the line open."""
-
-    def __init__(self, exchange: Exchange, interval: float, wants_stream: bool, position: Callable[[], int], head: bytes, chunked: bool) -> None:
-        self._exchange = exchange
-        self._interval = interval
-        self._position = position
-        self._head = head
-        self._chunked = chunked
-        self._next = Deadline(interval if wants_stream else math.inf)
-
-    def __call__(self) -> float:
-        """Sends one where it is due; returns seconds until the next."""
-        if self._next.expired:
-            comment = b': waiting, position %d\n\n' % self._position()
-            data = chunk(comment) if self._chunked else comment
-            exchange = self._exchange
-            exchange.send(data if exchange.head_sent else self._head + data)
-            if not exchange.head_sent:
-                exchange.head_sent, exchange.status, exchange.first_byte = True, 200, time.monotonic()
-            exchange.sent += len(comment)
-            self._next = Deadline(self._interval)
-        return self._next.remaining()
-
-
 class Answering(socketserver.BaseRequestHandler):
-    """What leaves for a client: heads, answers of the gateway's own, errors."""
+    """What leaves for a client: the heads of all answers, and what the gateway says on its own account."""
 
     server: GatewayServer
     client_address: ClientConnection
+    next_beat: Deadline
 
     def setup(self) -> None:
+        self.gateway = self.server.gateway
         self.connection = self.client_address
         self.reader = RequestReader(self.connection)
-        self.keep_alive = True
-        self.head: Optional[RequestHead] = None
+
+    def begin(self) -> None:
+        """A new request. Its configuration is that of its beginning."""
+        self.config = self.gateway.config
+        self.exchange = Exchange(self.connection, self.gateway.relay, new_request_id())
+        self.head = NO_HEAD
+        self.body = RequestBody(self.gateway.queue)
         self.cors: List[str] = []
-        self.unread = False         # bytes of the request are still to come
+        self.keep_alive = False
+        self.unread = True          # bytes of the request are still to come
 
-    def _commit(self, exchange: Exchange, status: int) -> None:
-        if not exchange.head_sent:
-            exchange.head_sent, exchange.status, exchange.first_byte = True, status, time.monotonic()
-
-    def _forwarded_head(self, exchange: Exchange, head: AnswerHead, lines: List[str]) -> bytes:
-        assert self.head is not None
-        own = lines + self.cors + self._connection_lines(exchange)
-        passed = passed_on(head.names, head.headers, NOT_TO_CLIENT)
-        return b'HTTP/1.1 %d %s\r\n%s\r\n%s\r\n\r\n' % (head.status, head.reason, '\r\n'.join(own).encode('latin-1'), b'\r\n'.join(passed))
-
-    def _connection_lines(self, exchange: Exchange) -> List[str]:
-        self.keep_alive = self.keep_alive and not self.server.gateway.closing
-        lines = ['X-Request-Id: ' + exchange.id]
+    def open_answer(self, status: int, lines: Sequence[str], *passed: Any) -> bytes:
+        """The commit point: the head of the answer; what follows cannot be another one."""
+        exchange = self.exchange
+        exchange.head_sent, exchange.status, exchange.first_byte = True, status, time.monotonic()
+        self.keep_alive = self.keep_alive and not self.gateway.closing
+        lines = [*lines, *self.cors, 'X-Request-Id: ' + exchange.id]
         if not self.keep_alive:
             lines.append('Connection: close')
-        elif self.head is not None and not self.head.version11:
+        elif not self.head.version11:
             lines.append('Connection: keep-alive')
-        return lines
+        return render_head(status, lines, *passed)
 
-    def _answer(self, exchange: Exchange, status: int, body: bytes, lines: Sequence[str]) -> None:
+    def answer(self, status: int, body: bytes, lines: Sequence[str] = (JSON,)) -> None:
         """An answer of the gateway's own."""
-        head = self.head
+        exchange = self.exchange
+        exchange.outcome = 'ok' if status < 400 else 'failed' if status in (500, 502) else 'refused'
         self.keep_alive = self.keep_alive and not self.unread
-        all_lines = [*lines, *self.cors, *self._connection_lines(exchange)]
-        if status != 204:
-            all_lines.insert(0, 'Content-Length: %d' % len(body))
-        exchange.status = status
-        exchange.outcome = exchange.outcome or ('ok' if status < 400 else 'failed' if status in (500, 502) else 'refused')
-        if head is not None and head.method == 'HEAD':
-            body = b''
-        self._commit(exchange, status)
+        head = self.open_answer(status, lines if status == 204 else ['Content-Length: %d' % len(body), *lines])
+        body = b'' if self.head.method == 'HEAD' else body
         exchange.sent = len(body)
-        exchange.send(render_head(status, all_lines) + body)
+        exchange.send(head + body)
 
-    def _answer_json(self, exchange: Exchange, status: int, value: object) -> None:
-        self._answer(exchange, status, json.dumps(value, separators=(',', ':')).encode(), ['Content-Type: application/json'])
+    def answer_error(self, error: GatewayError) -> None:
+        exchange = self.exchange
+        if not exchange.head_sent:
+            return self.answer(error.status, error.body(), error_lines(error))
+        self.keep_alive = False
+        if not exchange.outcome:        # nothing but heartbeats has left: an error event, and no end mark
+            self.send_event(b'data: %s\n\n' % error.body())
+        exchange.outcome = 'failed' if error.status in (500, 502) else 'refused'
 
-    def _answer_error(self, exchange: Exchange, error: GatewayError) -> None:
-        answered, exchange.outcome = exchange.outcome, 'failed' if error.status in (500, 502) else 'refused'
-        if exchange.head_sent:
-            self.keep_alive = False
-            return None if answered else self._end_with_error_event(exchange, error)
-        lines = ['Content-Type: application/json', *error.headers]
-        if error.retry_after:
-            lines.append('Retry-After: %d' % error.retry_after)
-        try:
-            self._answer(exchange, error.status, error.body(), lines)
-        except ClientGone:
-            self.keep_alive = self.unread = False
+    def send_event(self, event: bytes, end: bytes = b'') -> None:
+        """A piece of an event stream, behind the head of one where it is the first."""
+        exchange, chunked = self.exchange, self.head.version11
+        head = b''
+        if not exchange.head_sent:
+            self.keep_alive = self.keep_alive and chunked
+            framing = ['Transfer-Encoding: chunked'] if chunked else []
+            head = self.open_answer(200, ['Content-Type: text/event-stream', 'Cache-Control: no-cache', 'X-Accel-Buffering: no', *framing])
+        exchange.send(head + (chunk(event) + end if chunked else event))
+        exchange.sent += len(event)
 
-    def _end_with_error_event(self, exchange: Exchange, error: GatewayError) -> None:
-        """After heartbeats: an error event, and no end mark."""
-        event = b'data: ' + error.body() + b'\n\n'
-        try:
-            exchange.send(chunk(event) if self.head is not None and self.head.version11 else event)
-        except ClientGone:
-            pass
+    def beat(self) -> float:
+        """Sends a comment where one is due, so that proxies keep the line open; returns seconds until the next."""
+        if self.next_beat.expired:
+            self.send_event(b': waiting, position %d\n\n' % self.gateway.queue.position(self.exchange))
+            self.next_beat = Deadline(self.config.queue.heartbeat)
+        return self.next_beat.remaining()
+
+    def account(self) -> None:
+        """The access line and the counters."""
+        exchange, seconds = self.exchange, time.monotonic() - self.exchange.started
+        if exchange.status is None:
+            exchange.status = 499       # nginx's: the client left before an answer
+        first = None if exchange.first_byte is None else round((exchange.first_byte - exchange.started) * 1000, 1)
+        fields: Dict[str, object] = {
+            'id': exchange.id, 'client': exchange.client, 'method': exchange.method[:20], 'path': exchange.path[:200],
+            'status': exchange.status, 'outcome': exchange.outcome, 'queue_ms': round(exchange.queue_seconds * 1000, 1),
+            'first_byte_ms': first, 'total_ms': round(seconds * 1000, 1), 'bytes': exchange.sent, 'tokens': exchange.tokens}
+        self.gateway.metrics.record(exchange, fields, seconds)
+        log.event(DEBUG if exchange.path in OWN_PATHS[1:] else INFO, 'request', fields)
 
 
 class GatewayHandler(Answering):
     """A client's connection: request after request, each from its head to its log line."""
 
     def handle(self) -> None:
-        while self.keep_alive and self.reader.wait_for_request(Deadline(self.server.gateway.config.server.idle_timeout)):
+        self.keep_alive, self.unread = True, False
+        while self.keep_alive and self.reader.wait_for_request(Deadline(self.gateway.config.server.idle_timeout)):
             self._serve()
         if self.unread or self.connection.buffer:
             self.reader.linger()
 
     def finish(self) -> None:
-        self.server.gateway.connections.closed(self.connection)
+        self.gateway.connections.closed(self.connection)
 
     def _serve(self) -> None:
-        """One request, whatever becomes of it. The configuration is that of its beginning."""
-        gateway = self.server.gateway
-        config = gateway.config
-        exchange = Exchange(self.connection, gateway.relay, new_request_id())
-        self.head, self.cors, self.keep_alive, self.unread = None, [], False, True
-        body = RequestBody(gateway.queue)
+        """One request, whatever becomes of it."""
+        self.begin()
         try:
-            self.head = self.reader.head(Deadline(config.server.read_timeout))
-            if self.head is None:
-                self.unread = False
-                return
-            self.unread = self.head.has_body
-            if not self.unread:
-                self._complete()
-            self._route(exchange, self.head, body, config)
+            self._respond()
         except ClientGone:
             self.keep_alive = self.unread = False
-            exchange.outcome = 'cancelled'
-        except GatewayError as error:
-            self._answer_error(exchange, error)
-        except Exception:
-            log.exception('internal error', id=exchange.id)
-            self._answer_error(exchange, GatewayError('internal_error', 'internal error of the gateway; its log has more under id %s' % exchange.id))
+            self.exchange.outcome = 'cancelled'
         finally:
-            body.release()
-            exchange.finish()
-            if self.head is not None or exchange.status:
-                self._account(exchange)
-            self.server.gateway.connections.ended(self.connection)
+            self.body.release()
+            self.exchange.finish()
+            if self.head is not NO_HEAD or self.exchange.status:
+                self.account()
+            self.gateway.connections.ended(self.connection)
+
+    def _respond(self) -> None:
+        try:
+            self.head = self.reader.head(Deadline(self.config.server.read_timeout))
+            if not self.head.has_body:
+                self._complete()
+            self._route(self.exchange, self.head, self.gateway.rules)
+        except GatewayError as error:
+            self.answer_error(error)
+        except ClientGone:
+            raise
+        except Exception:
+            log.exception('internal error', id=self.exchange.id)
+            self.answer_error(GatewayError('internal_error', 'internal error; the log has more under id ' + self.exchange.id))
 
     def _complete(self) -> None:
         """The request has arrived whole."""
-        assert self.head is not None
         self.unread = False
         self.keep_alive = self.head.keep_alive
-        self.server.gateway.connections.began(self.connection)
+        self.gateway.connections.began(self.connection)
 
-    # -- routes
-
-    def _route(self, exchange: Exchange, head: RequestHead, body: RequestBody, config: Config) -> None:
+    def _route(self, exchange: Exchange, head: RequestHead, rules: AccessRules) -> None:
         """The order of refusals is the contract's: 400, 403, 401, 404, 405, 503, 413, 429."""
-        gateway = self.server.gateway
-        rules = gateway.rules
         exchange.method, exchange.path = head.method, head.path
         given = head.fields.get(b'x-request-id')
         if given and REQUEST_ID.fullmatch(given):
             exchange.id = given.decode()
-        forwarded = head.path not in OWN_PATHS and head.path.startswith(config.server.forward)
+        forwarded = head.path not in OWN_PATHS and head.path.startswith(self.config.server.forward)
         exchange.counted = forwarded and head.method in ('GET', 'HEAD', 'POST')
-        origin = rules.allowed_origin(head)
-        if origin:
-            self.cors = rules.cors(origin)
+        from_page = b'origin' in head.fields
+        self.cors = rules.cors(head) if from_page else []
         if head.fault:
-            raise GatewayError('bad_request', 'malformed request: %s' % head.fault)
-        rules.check_origin(head)
-        if head.path not in ('/healthz', '/livez'):
+            raise malformed(head.fault)
+        if from_page:
+            rules.check_origin(head)
+        if head.path not in PROBES:
             rules.check_host(head)
-        if head.method == 'OPTIONS' and origin:
-            return self._answer(exchange, 204, b'', rules.preflight(head))
-        if head.path not in ('/healthz', '/livez', '/'):
+        if head.method == 'OPTIONS' and self.cors:
+            return self.answer(204, b'', rules.preflight(head))
+        if head.path not in (*PROBES, '/'):
             exchange.client = rules.client_of(head, self.connection.address)
         if forwarded:
-            self._allow(head, 'GET, HEAD, POST')
-            self._forward(exchange, head, body, config)
+            self._allow('GET, HEAD, POST')
+            self._forward(exchange, head)
         elif head.path in OWN_PATHS:
-            self._allow(head, 'GET, HEAD')
-            self._own_path(exchange, head.path)
+            self._allow('GET, HEAD')
+            self._own_path(head.path)
         else:
-            raise GatewayError('not_found', 'there is nothing at %s; the API is under %s' % (head.path[:200], ' '.join(config.server.forward)))
+            raise GatewayError('not_found', 'there is nothing at %s; the API is under %s'
+                               % (head.path[:200], ' '.join(self.config.server.forward)))
 
-    @staticmethod
-    def _allow(head: RequestHead, methods: str) -> None:
-        if head.method not in methods.split(', '):
-            raise GatewayError('method_not_allowed', '%s is not allowed here; use %s' % (head.method[:20], methods), headers=['Allow: ' + methods])
+    def _allow(self, methods: str) -> None:
+        method = self.head.method
+        if method not in methods.split(', '):
+            raise GatewayError('method_not_allowed', '%s is not allowed here; use %s' % (method[:20], methods),
+                               headers=['Allow: ' + methods])
 
-    def _own_path(self, exchange: Exchange, path: str) -> None:
-        gateway = self.server.gateway
-        if path == '/healthz':
-            ready = gateway.watchdog.ready and not gateway.closing
-            self._answer_json(exchange, 200 if ready else 503, {'status': 'ok' if ready else 'engine_not_ready'})
-        elif path == '/livez':
-            self._answer_json(exchange, 200, {'status': 'ok'})
+    def _own_path(self, path: str) -> None:
+        if path == '/livez' or path == '/healthz' and self.gateway.watchdog.ready and not self.gateway.closing:
+            self.answer(200, b'{"status":"ok"}')
+        elif path == '/healthz':
+            self.answer(503, b'{"status":"engine_not_ready"}')
         elif path == '/status':
-            self._answer_json(exchange, 200, status_report(gateway))
+            self.answer(200, json.dumps(self.gateway.status(), separators=(',', ':')).encode())
         elif path == '/metrics':
-            self._answer(exchange, 200, metrics_text(gateway).encode(), ['Content-Type: text/plain; version=0.0.4; charset=utf-8'])
+            self.answer(200, self.gateway.metrics_text().encode(), ['Content-Type: text/plain; version=0.0.4; charset=utf-8'])
         else:
             page, policy = status_page()
-            self._answer(exchange, 200, page, ['Content-Type: text/html; charset=utf-8', 'Content-Security-Policy: ' + policy,
-                                               'X-Content-Type-Options: nosniff', 'Referrer-Policy: no-referrer', 'Cache-Control: no-cache'])
+            self.answer(200, page, ['Content-Type: text/html; charset=utf-8', 'Content-Security-Policy: ' + policy,
+                                    'X-Content-Type-Options: nosniff', 'Referrer-Policy: no-referrer', 'Cache-Control: no-cache'])
 
-    # -- forwarding
-
-    def _forward(self, exchange: Exchange, head: RequestHead, body: RequestBody, config: Config) -> None:
+    def _forward(self, exchange: Exchange, head: RequestHead) -> None:
         """The journey of a request; see the module's docstring."""
-        gateway = self.server.gateway
-        if gateway.closing:
+        queue, config = self.gateway.queue, self.config
+        if self.gateway.closing:
             raise shutting_down()
         if head.length > config.server.max_body:
             raise body_too_large(config.server)
         takes_slot = head.method == 'POST'
         if takes_slot:
-            gateway.queue.check_room(head.length)
-        self.reader.body(head, body, config.server)
+            queue.check_room(head.length)
+        self.reader.body(head, self.body, config.server)
         if self.unread:
             self._complete()
         exchange.arrived = time.monotonic()
         deadline = Deadline(config.queue.wait_timeout)
-        if config.queue.heartbeat and takes_slot:
-            exchange.heartbeat = self._heartbeat(exchange, head, body, config.queue.heartbeat)
         if not takes_slot:
-            return self._exchange(exchange, head, body, config, deadline)
-        gateway.queue.admit(exchange, deadline, lambda: gateway.watchdog.ready)
+            return self._exchange(exchange, deadline)
+        if config.queue.heartbeat and WANTS_STREAM.search(self.body.data):
+            self.next_beat = Deadline(config.queue.heartbeat)
+            exchange.heartbeat = self.beat
+        queue.admit(exchange, deadline, lambda: self.gateway.watchdog.ready)
         try:
-            self._exchange(exchange, head, body, config, deadline)
+            self._exchange(exchange, deadline)
         finally:
-            gateway.queue.release(exchange)
+            queue.release(exchange)
 
-    def _exchange(self, exchange: Exchange, head: RequestHead, body: RequestBody, config: Config, deadline: Deadline) -> None:
-        with self.server.gateway.upstream.answer(exchange, head, body, config, deadline) as answer:
+    def _exchange(self, exchange: Exchange, deadline: Deadline) -> None:
+        with self.gateway.upstream.answer(exchange, self.head, self.body, self.config, deadline) as answer:
             # ---- the commit point ----
-            if answer.whole is not None:
-                self.server.gateway.queue.release(exchange)     # the engine is free: the next one need not wait for this client
             exchange.well_answered = answer.head.status < 400
             exchange.outcome = 'ok' if answer.head.status < 500 else 'failed'
-            if exchange.head_sent and not answer.head.event_stream:
-                self._pass_as_event(exchange, answer)
-            elif answer.whole is not None and not exchange.head_sent:
-                self._pass_whole(exchange, head, answer)
+            if answer.whole is not None:
+                self.gateway.queue.release(exchange)        # the engine is free: the next one need not wait for this client
+            if answer.whole is None:
+                text = self._pass_stream(exchange, answer)
             else:
-                self._pass_stream(exchange, head, answer)
+                text = answer.whole
+                self._pass_whole(exchange, answer.head, answer.whole)
+            read_answer(exchange, text, answer.head.event_stream)
 
-    def _pass_whole(self, exchange: Exchange, head: RequestHead, answer: EngineAnswer) -> None:
-        body = answer.whole or b''
-        self._commit(exchange, answer.head.status)
-        data = self._forwarded_head(exchange, answer.head, [])
+    def _forwarded_head(self, head: AnswerHead, lines: Sequence[str]) -> bytes:
+        return self.open_answer(head.status, lines, head.reason, passed_on(head.names, head.headers, NOT_TO_CLIENT))
+
+    def _pass_whole(self, exchange: Exchange, head: AnswerHead, body: bytes) -> None:
+        if exchange.head_sent:      # with heartbeats
+            event = body or b'\n' if head.event_stream else b'data: %s\n\n' % body.replace(b'\r', b'').replace(b'\n', b' ')
+            return self.send_event(event, END_OF_CHUNKS)
+        data = self._forwarded_head(head, ())
         if len(body) <= SMALL_BODY:
             exchange.send(data + body)
         else:
             exchange.send(data)
             exchange.send(body)
         exchange.sent = len(body)
-        read_usage(exchange, body)
 
-    def _pass_as_event(self, exchange: Exchange, answer: EngineAnswer) -> None:
-        """A plain answer for somebody who has had heartbeats already."""
-        assert self.head is not None
-        body = answer.whole or b''
-        event = b'data: ' + body.replace(b'\r', b'').replace(b'\n', b' ') + b'\n\n'
-        exchange.send(chunk(event) + END_OF_CHUNKS if self.head.version11 else event)
-        self.keep_alive = self.keep_alive and self.head.version11
-        exchange.sent += len(event)
-        read_usage(exchange, body)
-
-    def _pass_stream(self, exchange: Exchange, head: RequestHead, answer: EngineAnswer) -> None:
-        """The head and what came with it leave at once; the relay copies the rest."""
-        translate, lines = self._stream_framing(exchange, head, answer)
+    def _pass_stream(self, exchange: Exchange, answer: EngineAnswer) -> bytes:
+        """The head and what came with it leave at once; the relay copies the rest. Returns the end of what has passed."""
+        translate, lines = self._stream_framing(answer)
         body = answer.follower(collect=bool(exchange.heard) or translate == 'decode')
         stream = Stream(exchange, answer.connection.sock, body, translate, answer.head.event_stream)
-        data = b'' if exchange.head_sent else self._forwarded_head(exchange, answer.head, lines)
-        self._commit(exchange, answer.head.status)
+        data = b'' if exchange.head_sent else self._forwarded_head(answer.head, lines)
         first, answer.connection.buffer = answer.connection.buffer, b''
         exchange.send(data + (stream.advance(first) if first else b''))
         if not answer.connection.waited:
             self._copy_briefly(stream)
-        if stream.ending:
-            stream.result = stream.ending
-        else:
-            self._relay(exchange, stream)
-        answer.reusable = stream.result == 'ok' and not body.excess and not answer.head.will_close and answer.length is None
-        read_usage(exchange, stream.recent)
-        self._judge(exchange, stream)
+        if not stream.ending:
+            self._relay(stream)
+        result = stream.result or stream.ending
+        answer.reusable = result == 'ok' and not body.excess and not answer.head.will_close and answer.length is None
+        if result != 'ok':
+            self.keep_alive, exchange.outcome = False, result
+        if stream.fault:
+            log.warn('answer broken off', id=exchange.id, why=stream.fault)
+        return stream.recent
 
-    def _stream_framing(self, exchange: Exchange, head: RequestHead, answer: EngineAnswer) -> Tuple[str, List[str]]:
+    def _stream_framing(self, answer: EngineAnswer) -> Tuple[str, List[str]]:
         """How the body is translated, and the header lines that say so."""
         lines = ['X-Accel-Buffering: no'] if answer.head.event_stream else []       # nginx would collect the events
-        if not head.version11:
+        if not self.head.version11:
             self.keep_alive = self.keep_alive and answer.length is not None
             return 'decode' if answer.chunked else 'raw', lines
-        if answer.length is not None and not exchange.head_sent:
+        if answer.length is not None and not self.exchange.head_sent:
             return 'raw', lines
         return 'raw' if answer.chunked else 'encode', lines + ['Transfer-Encoding: chunked']
 
-    def _copy_briefly(self, stream: Stream) -> None:
+    @staticmethod
+    def _copy_briefly(stream: Stream) -> None:
         """A stream that is over at once wakes no other thread: half of its time to the first token was that of its predecessor's end."""
         until = Deadline(BRIEFLY)
         while not stream.ending and not until.expired:
@@ -3898,51 +3808,20 @@ class GatewayHandler(Answering):
                 data = b''
             stream.exchange.send(stream.advance(data))
 
-    def _relay(self, exchange: Exchange, stream: Stream) -> None:
+    @staticmethod
+    def _relay(stream: Stream) -> None:
+        """Until the relay has copied it to its end."""
+        exchange = stream.exchange
         exchange.rearm()
         exchange.watched = True
-        for sock in (stream.engine, stream.client):
-            sock.setblocking(False)
-        self.server.gateway.relay.post(self.server.gateway.relay.copy, stream)
+        stream.engine.setblocking(False)
+        stream.client.setblocking(False)
+        exchange.relay.post(exchange.relay.copy, stream)
         while not stream.result:
             exchange.wait_for_relay()
             exchange.rearm()
-        stream.client.setblocking(True)
         stream.engine.setblocking(True)
-
-    def _judge(self, exchange: Exchange, stream: Stream) -> None:
-        if stream.result != 'ok':
-            self.keep_alive = False
-            exchange.outcome = stream.result
-            if stream.fault:
-                log.warn('answer broken off', id=exchange.id, why=stream.fault)
-        elif stream.event_stream and _ERROR_EVENT.search(stream.recent):
-            exchange.outcome = 'failed'
-
-    def _heartbeat(self, exchange: Exchange, head: RequestHead, body: RequestBody, interval: float) -> Callable[[], float]:
-        lines = ['Content-Type: text/event-stream', 'Cache-Control: no-cache', 'X-Accel-Buffering: no'] + self.cors
-        if head.version11:
-            lines.append('Transfer-Encoding: chunked')
-        else:
-            self.keep_alive = False
-        text = render_head(200, lines + self._connection_lines(exchange))
-        queue = self.server.gateway.queue
-        return Heartbeat(exchange, interval, bool(WANTS_STREAM.search(body.data)), lambda: queue.position(exchange), text, head.version11)
-
-    def _account(self, exchange: Exchange) -> None:
-        """The access line and the counters."""
-        now = time.monotonic()
-        if exchange.status is None:
-            exchange.status = 499       # nginx's: the client left before an answer
-        if not exchange.outcome:
-            exchange.outcome = 'cancelled'
-        fields: Dict[str, object] = {
-            'id': exchange.id, 'client': exchange.client, 'method': exchange.method[:20], 'path': exchange.path[:200],
-            'status': exchange.status, 'outcome': exchange.outcome, 'queue_ms': round(exchange.queue_seconds * 1000, 1),
-            'first_byte_ms': None if exchange.first_byte is None else round((exchange.first_byte - exchange.started) * 1000, 1),
-            'total_ms': round((now - exchange.started) * 1000, 1), 'bytes': exchange.sent, 'tokens': exchange.tokens}
-        self.server.gateway.metrics.record(exchange, fields, now - exchange.started)
-        log.event(DEBUG if exchange.path in OWN_PATHS[1:] else INFO, 'request', fields)
+        stream.client.setblocking(True)
 
 
 # ---------------------------------------------------------------------------------------------
