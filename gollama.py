@@ -44,7 +44,7 @@ signals are an error event and a missing final chunk: a truncated answer never l
 The engine's states are in `TRANSITIONS`; `Watchdog._change_state` is their only writer.
 
 Locks (none is held during I/O, while logging, or while calling into another part, so there
-is no order among them): EngineProcess._signal_lock, Watchdog._lock, Exchange._lock,
+is no order among them): EngineProcess._signal_lock, TryGate._lock, Exchange._lock,
 AdmissionQueue._lock, EnginePool (a deque, no lock), Metrics._lock, Connections._lock. The
 relay's own state belongs to its thread; others post to its mailbox.
 """
@@ -62,7 +62,6 @@ import enum
 import errno
 import functools
 import hashlib
-import heapq
 import hmac
 import http.client
 import http.server
@@ -99,33 +98,20 @@ POSIX = os.name == 'posix'
 # ---------------------------------------------------------------------------------------------
 # Errors
 
+STATUS_OF = {
+    'bad_request': 400, 'invalid_api_key': 401, 'host_not_allowed': 403, 'origin_not_allowed': 403, 'not_found': 404,
+    'method_not_allowed': 405, 'request_timeout': 408, 'body_too_large': 413, 'uri_too_long': 414, 'queue_timeout': 429,
+    'queue_full': 429, 'headers_too_large': 431, 'internal_error': 500, 'engine_failed': 502, 'engine_not_ready': 503,
+    'shutting_down': 503, 'too_many_connections': 503}
+TYPE_OF = {401: 'authentication_error', 403: 'permission_error', 429: 'rate_limit_error'}
+
 # What the gateway answers on its own account: code -> (status, type).
-ERRORS = {
-    'bad_request': (400, 'invalid_request_error'),
-    'invalid_api_key': (401, 'authentication_error'),
-    'host_not_allowed': (403, 'permission_error'),
-    'origin_not_allowed': (403, 'permission_error'),
-    'not_found': (404, 'invalid_request_error'),
-    'method_not_allowed': (405, 'invalid_request_error'),
-    'request_timeout': (408, 'invalid_request_error'),
-    'body_too_large': (413, 'invalid_request_error'),
-    'uri_too_long': (414, 'invalid_request_error'),
-    'queue_timeout': (429, 'rate_limit_error'),
-    'queue_full': (429, 'rate_limit_error'),
-    'headers_too_large': (431, 'invalid_request_error'),
-    'internal_error': (500, 'server_error'),
-    'engine_failed': (502, 'server_error'),
-    'engine_not_ready': (503, 'server_error'),
-    'shutting_down': (503, 'server_error'),
-    'too_many_connections': (503, 'server_error'),
-}
+ERRORS = {code: (status, TYPE_OF.get(status, 'invalid_request_error' if status < 500 else 'server_error'))
+          for code, status in STATUS_OF.items()}
 
 
 class GatewayError(Exception):
-    """An answer of the gateway's own, in the OpenAI shape.
-
-    `code` is a key of ERRORS, `retry_after` in seconds, `headers` are further header lines.
-    """
+    """An answer of the gateway's own; `code` is a key of ERRORS, `retry_after` in seconds, `headers` are further header lines."""
 
     def __init__(self, code: str, message: str, retry_after: Optional[int] = None, headers: Sequence[str] = ()) -> None:
         super().__init__(message)
@@ -135,8 +121,17 @@ class GatewayError(Exception):
         self.headers = list(headers)
 
     def body(self) -> bytes:
-        error = {'message': str(self), 'type': self.type, 'param': None, 'code': self.code}
-        return json.dumps({'error': error}).encode()
+        """In the OpenAI shape."""
+        return json.dumps({'error': {'message': str(self), 'type': self.type, 'param': None, 'code': self.code}}).encode()
+
+
+def shutting_down() -> GatewayError:
+    return GatewayError('shutting_down', 'the gateway is shutting down; try again soon', 5)
+
+
+def retry_seconds(expected: float) -> int:
+    """For Retry-After: 1 to 60."""
+    return max(1, min(60, math.ceil(expected)))
 
 
 class ClientGone(Exception):
@@ -149,6 +144,10 @@ class EngineBroke(Exception):
 
 class EngineNotAccepting(Exception):
     """The engine never had the request: it does not accept connections (yet, or any more)."""
+
+
+class DiedIdle(Exception):
+    """A kept connection to the engine had been closed before the request came: this was no try."""
 
 
 class ConfigError(Exception):
@@ -822,13 +821,23 @@ class EngineProcess:
         return self._process.pid
 
     def start(self) -> None:
-        """Raises OSError where the system gives no process."""
+        """Raises OSError or RuntimeError where the system gives no process, pipe or thread."""
         # The gateway speaks to systemd, the engine does not.
         wanted: Dict[str, Optional[str]] = {**os.environ, 'NOTIFY_SOCKET': None, **self._config.env}
         self._process = subprocess.Popen(
             [*(self.SHIM if POSIX else ()), *engine_command(self._config)], bufsize=0, **OWN_GROUP,
             env={name: value for name, value in wanted.items() if value is not None},
             stdin=subprocess.PIPE if POSIX else subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        try:
+            self._begin()
+        except BaseException:       # no second process, or no thread, is to be had
+            self.kill()
+            with self._process:
+                self._reaped = True
+            self._end_guard()
+            raise
+
+    def _begin(self) -> None:
         if self._process.stdin:
             with contextlib.suppress(BrokenPipeError), self._process.stdin as shim:     # closed without a word, the shim ends
                 self._guard = subprocess.Popen([*self.GUARD, str(self.pid)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
@@ -836,6 +845,11 @@ class EngineProcess:
                 shim.write(b'go\n')
         pump = OutputPump(self._process.stdout, self._on_line)
         threading.Thread(target=self._reap, args=(pump,), name='reaper', daemon=True).start()
+
+    def _end_guard(self) -> None:
+        if self._guard:
+            with self._guard:
+                self._guard.kill()
 
     def _on_line(self, line: str) -> None:
         self.last_output = time.monotonic()
@@ -852,10 +866,8 @@ class EngineProcess:
         with self._signal_lock:
             self._process.wait()
             self._reaped = True
-        if self._guard:
-            with self._guard:
-                self._guard.kill()
-        pump.stop(grace=1)      # so that the last lines are in the tail
+        self._end_guard()
+        pump.stop(grace=0.3)    # so that the last lines are in the tail
         self.exit_phrase = exit_phrase(self._process.returncode)
         self.exited.set()
         self._on_news()
@@ -899,26 +911,20 @@ class EngineProcess:
 
 class EngineState(enum.Enum):
     """Where the engine is in its life."""
-    STARTING = 'starting'
-    READY = 'ready'
-    DIED = 'died'
-    HUNG = 'hung'
-    BACKOFF = 'backoff'
-    STOPPING = 'stopping'
+    STARTING, READY, DIED, HUNG, BACKOFF, STOPPING = 'starting', 'ready', 'died', 'hung', 'backoff', 'stopping'
 
 
-TRANSITIONS: Dict[EngineState, FrozenSet[EngineState]] = {
-    EngineState.STARTING: frozenset({EngineState.READY, EngineState.DIED, EngineState.STOPPING}),
-    EngineState.READY: frozenset({EngineState.DIED, EngineState.HUNG, EngineState.STOPPING}),
-    EngineState.DIED: frozenset({EngineState.BACKOFF, EngineState.STOPPING}),
-    EngineState.HUNG: frozenset({EngineState.BACKOFF, EngineState.STOPPING}),
-    EngineState.BACKOFF: frozenset({EngineState.STARTING, EngineState.STOPPING}),
-    EngineState.STOPPING: frozenset({EngineState.STARTING}),     # only for a reload
-}
+TRANSITIONS: Mapping[EngineState, Set[EngineState]] = {
+    EngineState.STARTING: {EngineState.READY, EngineState.DIED, EngineState.STOPPING},
+    EngineState.READY: {EngineState.DIED, EngineState.HUNG, EngineState.STOPPING},
+    EngineState.DIED: {EngineState.BACKOFF, EngineState.STOPPING},
+    EngineState.HUNG: {EngineState.BACKOFF, EngineState.STOPPING},
+    EngineState.BACKOFF: {EngineState.STARTING, EngineState.STOPPING},
+    EngineState.STOPPING: {EngineState.STARTING}}       # only for a reload
 
 
 class TryKind(enum.Enum):
-    """Why somebody wants to go in: who may is decided in TryGate._may_enter."""
+    """Why somebody wants to go in: who may is decided in TryGate._entered."""
     LIGHT = 'GET or HEAD'
     FIRST = 'first try of a POST'
     SECOND = 'second try'
@@ -936,23 +942,19 @@ class Waiter:
     def break_off(self, code: str) -> None: ...
 
 
-def shutting_down() -> GatewayError:
-    return GatewayError('shutting_down', 'the gateway is shutting down; try again soon', 5)
-
-
 class TryGate:
     """Says when a try on the engine may start, and knows which are in the engine.
 
-    A try: `enter` (waits), the exchange with the engine, `leave`. One that broke queues up for
-    its second try with `queue_replay` and `replay_turn`, and `end_replay` says that it was
-    answered or given up. Second tries go one at a time, and while there are any no first try of
-    a POST starts: a prompt that kills engines takes nobody with it.
+    A try: `enter` (waits), the exchange with the engine, `leave`. One that broke is tried again
+    within `second_try`: those go one at a time, and while there are any no first try of a POST
+    starts: a prompt that kills engines takes nobody with it.
     """
 
     DEATH_SHOWS_WITHIN = 0.5    # seconds; the connection breaks before the reaper knows
 
-    def __init__(self, on_empty: Callable[[], None]) -> None:
+    def __init__(self, on_empty: Callable[[], None], not_ready: Callable[[], GatewayError]) -> None:
         self._on_empty = on_empty                   # told when the last try leaves a gate that is shut
+        self.not_ready = not_ready                  # what is said at a deadline
         # _lock guards all below.
         self._lock = threading.Lock()
         self._waiting: Set[Waiter] = set()          # to be woken when anything here changes
@@ -963,41 +965,35 @@ class TryGate:
         self.is_open = False                        # the engine is ready
         self.generation = 0                         # of the engine that is ready, or was last
 
-    def enter(self, exchange: Waiter, deadline: Deadline, kind: TryKind, not_ready: Callable[[], GatewayError]) -> int:
-        """Waits until a try may start and counts it as in the engine. Returns the engine's generation.
+    def enter(self, exchange: Waiter, deadline: Deadline, kind: TryKind) -> int:
+        """Waits until a try may start, and counts it as in the engine of the returned generation. Raises GatewayError (503, 429)."""
+        generation = self._wait(exchange, deadline, lambda: self._entered(exchange, kind))
+        if generation:
+            return generation
+        if self.is_open:
+            raise GatewayError('queue_timeout', 'waited too long: requests that an engine died of are tried again first', 10)
+        raise self.not_ready()
 
-        Raises GatewayError (503, 429) at the deadline, and what `exchange.wait` raises.
-        """
-        if not self._wait(exchange, deadline, lambda: self._may_enter(exchange, kind)):
-            if self.is_open:
-                raise GatewayError('queue_timeout', 'waited too long: requests that an engine died of are tried again first', 10)
-            raise not_ready()
-        return self.generation
-
-    def _may_enter(self, exchange: Waiter, kind: TryKind) -> bool:
+    def _entered(self, exchange: Waiter, kind: TryKind) -> int:
         if self._closed:
             raise shutting_down()
-        first = self._replays[0] is exchange if kind is TryKind.SECOND else kind is TryKind.LIGHT or not self._replays
-        if self.is_open and first:
-            if not self._engaged:
-                self._engaged_since = time.monotonic()
-            self._engaged.add(exchange)
-            exchange.cut = None     # of an engine before this one
-            return True
-        return False
+        its_turn = self._replays[0] is exchange if kind is TryKind.SECOND else kind is TryKind.LIGHT or not self._replays
+        if not (self.is_open and its_turn):
+            return 0
+        if all(other.held_up for other in self._engaged):
+            self._engaged_since = time.monotonic()
+        self._engaged.add(exchange)
+        exchange.cut = None     # of an engine before this one
+        return self.generation
 
-    def _wait(self, exchange: Waiter, deadline: Deadline, over: Callable[[], bool]) -> bool:
-        """Until `over()`, which is asked under the lock; False at the deadline."""
-        with self._lock:
-            if over():
-                return True
+    def _wait(self, exchange: Waiter, deadline: Deadline, over: Callable[[], int]) -> int:
+        """Until `over()`, which is asked under the lock, is true, and returns that; 0 at the deadline."""
         while True:
-            exchange.rearm()
             with self._lock:
-                if over():
-                    return True
-                if deadline.expired:
-                    return False
+                found = over()
+                if found or deadline.expired:
+                    return found
+                exchange.rearm()
                 self._waiting.add(exchange)
             try:
                 exchange.wait(deadline)
@@ -1012,59 +1008,64 @@ class TryGate:
         if waited_for:
             self._on_empty()
 
-    def await_death(self, exchange: Waiter, generation: int) -> None:
+    def await_death(self, exchange: Waiter) -> None:
         """After a connection broke: gives the engine's death a moment to show."""
+        generation = self.generation
         self._wait(exchange, Deadline(self.DEATH_SHOWS_WITHIN), lambda: not self.is_open or self.generation != generation)
 
-    def queue_replay(self, exchange: Waiter) -> None:
-        """From now until `end_replay` no first try of a POST starts."""
+    @contextlib.contextmanager
+    def second_try(self, exchange: Waiter) -> Iterator[None]:
+        """Waits for its turn; until the end of the block no first try of a POST starts. Those before it have deadlines of their own."""
         with self._lock:
             self._replays.append(exchange)
+        try:
+            self.await_death(exchange)
+            self._wait(exchange, Deadline(math.inf), lambda: self._replays[0] is exchange or self._closed)
+            yield
+        finally:
+            with self._change():
+                self._replays.remove(exchange)
 
-    def replay_turn(self, exchange: Waiter) -> None:
-        """Waits until all earlier second tries were answered or given up; they have deadlines of their own."""
-        self._wait(exchange, Deadline(math.inf), lambda: self._replays[0] is exchange or self._closed)
-
-    def end_replay(self, exchange: Waiter) -> None:
+    @contextlib.contextmanager
+    def _change(self) -> Iterator[None]:
+        """Something that others wait for is changed under the lock; they are woken after it."""
         with self._lock:
-            self._replays.remove(exchange)
-        self._wake()
-
-    def _wake(self) -> None:
-        with self._lock:
+            yield
             waiting = list(self._waiting)
         for exchange in waiting:
             exchange.wake()
 
     def open(self) -> None:
         """A new engine is ready."""
-        with self._lock:
+        with self._change():
             self.is_open, self.generation = True, self.generation + 1
-        self._wake()
 
     def shut(self) -> None:
         """No try starts until it is opened again."""
-        with self._lock:
+        with self._change():
             self.is_open = False
-        self._wake()
 
     def close(self) -> None:
         """No try starts any more; those who wait are refused."""
-        with self._lock:
+        with self._change():
             self._closed = True
-        self._wake()
 
-    def engaged(self) -> List[Waiter]:
-        """The tries in the engine."""
+    @property
+    def is_empty(self) -> bool:
+        return not self._engaged
+
+    def break_off(self, code: str) -> None:
+        """Ends the tries in the engine."""
         with self._lock:
-            return list(self._engaged)
+            engaged = list(self._engaged)
+        for exchange in engaged:
+            exchange.break_off(code)
 
-    def waited_for_since(self) -> Optional[float]:
-        """Since when somebody has been waiting for the engine (monotonic): not those whose own client takes no bytes."""
+    def waited_for_since(self) -> float:
+        """Since when somebody waits for the engine (monotonic; now: nobody), other than those whose own client takes no bytes."""
         with self._lock:
             if all(exchange.held_up for exchange in self._engaged):
                 self._engaged_since = time.monotonic()
-                return None
             return self._engaged_since
 
 
@@ -1077,37 +1078,31 @@ class WatchdogListener:
     def watchdog_ended(self) -> None: ...
 
 
-def last_words(process: EngineProcess) -> str:
-    """An engine's last lines of output, as they stand at the end of an error message."""
-    lines = process.tail(10)
-    return '; its last output:\n    ' + '\n    '.join(lines) if lines else '; it printed nothing'
-
-
-class Watchdog:
+class Watchdog(threading.Thread):
     """Keeps one engine running: start, readiness, death, backoff; `gate` says when a try on it may start."""
 
-    PROBE_PAUSES = (0.02, 0.25)     # seconds between two health probes: at first, at most
+    LONGEST_PROBE_PAUSE = 0.25      # seconds; it begins with 20 ms
 
     def __init__(self, config: EngineConfig, drain_timeout: float, listener: WatchdogListener) -> None:
+        super().__init__(name='watchdog', daemon=True)
         self._listener = listener
         self._news = threading.Event()              # something for the watchdog's thread to look at
-        self.gate = TryGate(self._news.set)
-        self._stop = threading.Event()
+        self.gate = TryGate(self._news.set, self.not_ready)
         self.ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name='watchdog', daemon=True)
-        # Written by others: a reload that waits, and how long it waits. Each is replaced as a whole.
-        self._reload: Optional[EngineConfig] = None
+        # Written by others.
+        self._wanted = config                       # a reload waits as long as this is not `config`
         self._drain_timeout = drain_timeout
+        self._stopping = False
+        self._at_once = False                       # the stop shall not be polite
         self._last_answer = 0.0                     # monotonic time of the last byte of any answer
         # Written by the watchdog's thread alone.
-        self._config = config
+        self.config = config                        # of the engine that runs
         self._state = EngineState.STARTING
         self._since = time.monotonic()
         self._process: Optional[EngineProcess] = None
         self._backoff = Backoff(config.restart_backoff)
         self._starts = 0
-        self._was_ready = False
-        self._ready_seconds: Optional[float] = None
+        self._ready_seconds: Optional[float] = None     # None: it was never ready
         self._last_exit: Optional[str] = None
 
     # -- for the threads of requests
@@ -1119,7 +1114,7 @@ class Watchdog:
     def not_ready(self) -> GatewayError:
         last = ', last exit: %s' % self._last_exit if self._last_exit else ''
         return GatewayError('engine_not_ready', 'the engine did not become ready in time (state: %s%s); try again later'
-                            % (self._state.value, last), max(1, min(60, math.ceil(self._ready_seconds or 5))))
+                            % (self._state.value, last), retry_seconds(self._ready_seconds or 5))
 
     def heard_answer(self) -> None:
         """A byte of some answer came that is more than an SSE comment."""
@@ -1127,13 +1122,11 @@ class Watchdog:
 
     # -- for the gateway
 
-    def start(self) -> None:
-        self._thread.start()
-
     def stop(self, kill: bool = False) -> None:
         """Stops the engine: what is in flight is closed first, since llama-server waits for its clients."""
         self.gate.close()
-        self._stop.set()
+        self._at_once = self._at_once or kill
+        self._stopping = True
         self._news.set()
         process = self._process
         if kill and process is not None:
@@ -1142,12 +1135,12 @@ class Watchdog:
     def reconfigure(self, config: EngineConfig, drain_timeout: float) -> bool:
         """Takes a new section; the engine is restarted if it changed. Returns whether it did."""
         self._drain_timeout = drain_timeout
-        changed = config != (self._reload or self._config)
-        if changed:
-            self.gate.shut()        # new requests wait for the new engine
-            self._reload = config
-            self._news.set()
-        return changed
+        if config == self._wanted:
+            return False
+        self.gate.shut()        # new requests wait for the new engine (first: afterwards this could be its gate already)
+        self._wanted = config
+        self._news.set()
+        return True
 
     def status(self) -> Dict[str, Any]:
         process, state = self._process, self._state
@@ -1167,9 +1160,9 @@ class Watchdog:
 
     # -- the watchdog's own thread
 
-    def _run(self) -> None:
+    def run(self) -> None:
         try:
-            while not self._stop.is_set():
+            while not self._stopping:
                 self._one_life()
         except StartError as error:
             self._change_state(EngineState.STOPPING, str(error))
@@ -1185,54 +1178,48 @@ class Watchdog:
 
     def _one_life(self) -> None:
         """From a start to the next pause. Raises StartError where the first start of all fails."""
-        if self._reload is not None:
-            self._config, self._reload = self._reload, None
-            self._backoff = Backoff(self._config.restart_backoff)
+        if self._wanted is not self.config:
+            self.config = self._wanted
+            self._backoff = Backoff(self.config.restart_backoff)
         try:
-            self._start_engine()
-            if not self._await_ready():
-                return self._stop_engine()
+            process = self._start_engine()
+            end, why = self._await_end(process) if self._await_ready(process) else (EngineState.STOPPING, '')
         except StartError as error:
             self._backoff.failed()
-            self._end_life(EngineState.DIED, str(error))
-            if not self._was_ready:
-                raise
-            return self._pause()
-        self._backoff.succeeded()
-        self._was_ready = True
-        end, why = self._await_end()
+            last_words = self._process.tail(10) or ['(nothing)'] if self._process else []
+            end, why = EngineState.DIED, '\n    '.join(['%s; its last output:' % error if last_words else str(error), *last_words])
         if end is EngineState.STOPPING:
             return self._stop_engine()
         self._end_life(end, why)
+        if self._ready_seconds is None:
+            raise StartError(why)
         self._pause()
 
-    def _start_engine(self) -> None:
+    def _start_engine(self) -> EngineProcess:
         if self._state is not EngineState.STARTING:
             self._change_state(EngineState.STARTING)
         self._starts += 1
         self._process = None
-        problem = port_problem(*self._config.base_url)
+        problem = port_problem(*self.config.base_url)
         if problem:
             raise StartError('the engine cannot start: %s' % problem)
-        process = EngineProcess(self._config, self._news.set)
+        process = EngineProcess(self.config, self._news.set)
         try:
             process.start()
-        except (OSError, ConfigError) as error:
+        except (OSError, RuntimeError, ConfigError) as error:
             raise StartError('the engine cannot start: %s' % error) from None
         self._process = process
-        log.info('engine starting', pid=process.pid, command=masked(engine_command(self._config)))
+        log.info('engine starting', pid=process.pid, command=masked(engine_command(self.config)))
         self._listener.engine_changed(EngineState.STARTING, 'pid %d' % process.pid)
+        return process
 
-    def _await_ready(self) -> bool:
+    def _await_ready(self, process: EngineProcess) -> bool:
         """Until the engine is ready: True; False where a stop or reload came. Raises StartError otherwise."""
-        process = self._process
-        assert process is not None
-        pause, (first, longest) = 0.0, self.PROBE_PAUSES
-        heard = process.started
+        pause, heard = 0.0, process.started
         while not self._interrupted():
             if process.exited.is_set():
-                raise StartError('the engine ended before it was ready: %s%s' % (process.exit_phrase, last_words(process)))
-            status = process.ask(self._config.health_path)[0] if self._config.health_path else 404
+                raise StartError('the engine ended before it was ready: %s' % process.exit_phrase)
+            status = process.ask(self.config.health_path)[0] if self.config.health_path else 404
             if process.exited.is_set():
                 continue        # whoever answered, it was not our child
             if status == 200 or status == 404 and process.saw_ready_line:
@@ -1242,82 +1229,69 @@ class Watchdog:
             if last > heard:
                 heard = last
                 self._listener.sign_of_life()
-            if time.monotonic() - heard > self._config.start_timeout:
-                process.kill()
-                process.exited.wait(5)
-                raise StartError('the engine gave no sign of life for %g s while starting (engine.start_timeout): %s%s'
-                                 % (self._config.start_timeout, self._what_was_missing(status), last_words(process)))
-            self._news.wait(pause)
-            self._news.clear()
-            pause = min(longest, max(first, pause * 1.5))
+            if time.monotonic() - heard > self.config.start_timeout:
+                raise StartError('the engine gave no sign of life for %g s while starting (engine.start_timeout): %s'
+                                 % (self.config.start_timeout, self._what_was_missing(status)))
+            self._rest(pause)
+            pause = min(self.LONGEST_PROBE_PAUSE, max(0.02, pause * 1.5))
         return False
 
     def _what_was_missing(self, status: Optional[int]) -> str:
-        where = 'http://%s%s' % (bracketed(*self._config.base_url), self._config.health_path)
+        where = 'http://%s%s' % (bracketed(*self.config.base_url), self.config.health_path)
         if status is None:
             return 'nothing answers at %s; check the port in engine.args and engine.base_url' % where
         if status in (401, 403):
             return '%s says %d; put the key of --api-key into engine.api_key' % (where, status)
         if status == 404:
-            return ('no line of its output matched engine.ready_pattern (%s), and it has no health path'
-                    % self._config.ready_pattern.pattern)
+            return 'no line of its output matched engine.ready_pattern (%s), and it has no health path' % self.config.ready_pattern.pattern
         return '%s says %d instead of 200' % (where, status)
 
     def _became_ready(self, process: EngineProcess) -> None:
         process.saw_ready_line = True       # ends the matching
+        self._backoff.succeeded()
         self._ready_seconds = round(time.monotonic() - process.started, 3)
         self._change_state(EngineState.READY, '%.1f' % self._ready_seconds, pid=process.pid, seconds=self._ready_seconds)
 
     def _interrupted(self) -> bool:
-        return self._stop.is_set() or self._reload is not None
+        return self._stopping or self._wanted is not self.config
 
-    def _await_end(self) -> Tuple[EngineState, str]:
+    def _rest(self, seconds: float) -> None:
+        """Until there is news, at most so long."""
+        self._news.wait(min(seconds, threading.TIMEOUT_MAX))
+        self._news.clear()
+
+    def _await_end(self, process: EngineProcess) -> Tuple[EngineState, str]:
         """How the life of a ready engine ends: the next state, and why."""
-        process = self._process
-        assert process is not None
-        drained: Optional[Deadline] = None
+        hang_timeout = self.config.hang_timeout or math.inf
+        drained: Optional[Deadline] = None      # of a reload that waits
         while True:
             if process.exited.is_set():
                 return EngineState.DIED, process.exit_phrase or ''
-            if self._stop.is_set():
-                return EngineState.STOPPING, 'stop'
-            if self._reload is not None:
-                drained = drained or Deadline(self._drain_timeout)
-                if not self.gate.engaged() or drained.expired:
-                    return EngineState.STOPPING, 'reload'
-            if self._is_hung(process):
-                log.error('engine hung: no byte of an answer and no line of output', pid=process.pid, seconds=self._config.hang_timeout)
+            if self._interrupted() and drained is None:
+                self.gate.shut()        # again: it may have been opened after `reconfigure` shut it
+                drained = Deadline(self._drain_timeout)
+            if self._stopping or drained and (drained.expired or self.gate.is_empty):
+                return EngineState.STOPPING, ''
+            if time.monotonic() - max(self.gate.waited_for_since(), self._last_answer, process.last_output) > hang_timeout:
+                log.error('engine hung: no byte of an answer and no line of output', pid=process.pid, seconds=hang_timeout)
                 return EngineState.HUNG, 'hung'
-            pause = drained.remaining() if drained else math.inf
-            if self._config.hang_timeout:
-                pause = min(pause, self._config.hang_timeout / 4)
-            self._news.wait(None if math.isinf(pause) else pause)
-            self._news.clear()
-
-    def _is_hung(self, process: EngineProcess) -> bool:
-        if not self._config.hang_timeout:
-            return False
-        since = self.gate.waited_for_since()
-        return since is not None and time.monotonic() - max(since, self._last_answer, process.last_output) > self._config.hang_timeout
+            self._rest(min(drained.remaining() if drained else math.inf, hang_timeout / 4))
 
     def _end_life(self, state: EngineState, why: str) -> None:
         """The engine died, hung, or did not start: nothing of it stays."""
-        process = self._process
-        if process:
-            process.kill()
-            process.exited.wait(10)
-            self._last_exit = process.exit_phrase
+        if self._process:
+            self._process.kill()
+            self._process.exited.wait(10)
+            self._last_exit = self._process.exit_phrase
         self._change_state(state, why, why=why)
-        for exchange in self.gate.engaged():
-            exchange.break_off('engine_failed')
+        self.gate.break_off('engine_failed')
 
     def _stop_engine(self) -> None:
         """A polite stop, for good or for a reload: what is in flight is closed first."""
         self._change_state(EngineState.STOPPING)
-        for exchange in self.gate.engaged():
-            exchange.break_off('shutting_down' if self._stop.is_set() else 'engine_failed')
+        self.gate.break_off('shutting_down' if self._stopping else 'engine_failed')
         if self._process:
-            self._process.terminate(self._config.stop_timeout)
+            self._process.terminate(0.0 if self._at_once else self.config.stop_timeout)
             self._last_exit = self._process.exit_phrase
             log.info('engine stopped', pid=self._process.pid, exit=self._last_exit)
 
@@ -1327,9 +1301,8 @@ class Watchdog:
         deadline = Deadline(pause)
         self._change_state(EngineState.BACKOFF, '%g' % pause, seconds=pause)
         while not self._interrupted() and not deadline.expired:
-            self._news.wait(deadline.remaining())
-            self._news.clear()
-        if self._stop.is_set():
+            self._rest(deadline.remaining())
+        if self._stopping:
             self._change_state(EngineState.STOPPING)
 
     def _change_state(self, new: EngineState, detail: str = '', **fields: object) -> None:
@@ -1338,11 +1311,10 @@ class Watchdog:
         if self._state is EngineState.READY:
             self.gate.shut()
         self._state, self._since = new, time.monotonic()
-        if new is EngineState.READY and self._reload is None:
+        if new is EngineState.READY and not self._interrupted():
             self.gate.open()
-        level = WARN if new in (EngineState.DIED, EngineState.HUNG) else INFO
         if new is not EngineState.STARTING:      # told with its pid and command once it has them
-            log.event(level, 'engine ' + new.value, fields)
+            log.event(WARN if new in (EngineState.DIED, EngineState.HUNG) else INFO, 'engine ' + new.value, fields)
             self._listener.engine_changed(new, detail)
 
 
@@ -1355,15 +1327,15 @@ HEADER_COUNT = 100          # as http.client's and llama-server's
 CHUNK_LINE = 1024           # bytes of a chunk's size line with its extensions
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-_REQUEST_LINE = re.compile(rb'(' + _TOKEN + rb') ([!-~]+) HTTP/1\.([01])')
-_STATUS_LINE = re.compile(rb'HTTP/1\.([01]) ([1-9]\d\d)(?: ([^\x00-\x08\x0a-\x1f\x7f]*))?')
+_REQUEST_LINE = re.compile(rb'(' + _TOKEN + rb') ([!-~]+) HTTP/1\.(?P<minor>[01])')
+_STATUS_LINE = re.compile(rb'HTTP/1\.(?P<minor>[01]) ([1-9]\d\d)(?: ([^\x00-\x08\x0a-\x1f\x7f]*))?')
 _HEADER_LINE = re.compile(rb'(' + _TOKEN + rb'):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n')     # no obs-fold, no blank before the colon
 _NOT_IN_A_HEAD = re.compile(rb'[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?!\n|$)')
 _CHUNK_SIZE = re.compile(rb'([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t -~\x80-\xff]*)?')
-_ABSOLUTE_FORM = re.compile(r'https?://([^/?#]*)(/[^?#]*)?(\?.*)?', re.IGNORECASE)
+_TARGET = re.compile(r'(?:https?://(?P<authority>[^/?#]+)|(?=/))(?P<path>/[^?#]*)?(?P<query>\?[^#]*)?', re.IGNORECASE)
 _HOST = re.compile(r'(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%-]*)(?::([0-9]{0,5}))?')
-_SUSPICIOUS_PATH = re.compile(r'[%\\]|/\.')
 _BAD_ESCAPE = re.compile(r'%(?![0-9A-Fa-f]{2})')
+_AMBIGUOUS_PATH = re.compile(rb'[\x00-\x1f\x7f\\]|(?:^|/)\.\.?(?:;[^/]*)?(?:/|$)')
 REQUEST_ID = re.compile(rb'[A-Za-z0-9._:/+=@~-]{1,128}')
 
 Headers = List[Tuple[bytes, bytes]]
@@ -1402,164 +1374,126 @@ def parse_length(value: bytes) -> int:
     return int(value.lstrip(b'0')[:19] or b'0')
 
 
-def split_target(target: str) -> Tuple[Optional[str], str]:
-    """(authority of an absolute-form target or None, path with query). Raises Malformed."""
-    if '#' in target:
-        raise Malformed('the request target has a fragment')
-    if target.startswith('/'):
-        return None, target
-    match = _ABSOLUTE_FORM.fullmatch(target)
-    if not match:
-        raise Malformed('the request target is neither a path nor an http URL')
-    return match.group(1), (match.group(2) or '/') + (match.group(3) or '')
-
-
 def check_path(path: str) -> None:
     """Refuses what another program could take for another path once it has decoded it. Raises Malformed."""
-    if not _SUSPICIOUS_PATH.search(path):
-        return
-    if _BAD_ESCAPE.search(path):
-        raise Malformed('the path has a % without two hexadecimal digits')
-    decoded = urllib.parse.unquote_to_bytes(path)
-    if re.search(rb'[\x00-\x1f\x7f\\]', decoded):
-        raise Malformed('the path has a backslash or a control character')
-    if any(segment.split(b';')[0] in (b'.', b'..') for segment in decoded.split(b'/')):
-        raise Malformed('the path has a . or .. segment')
+    if _BAD_ESCAPE.search(path) or _AMBIGUOUS_PATH.search(urllib.parse.unquote_to_bytes(path)):
+        raise Malformed('the path has a . or .. segment, a backslash, a control character, or a % without two hexadecimal digits')
 
 
-class RequestHead:
-    """A request's head, parsed and found strictly well-formed."""
-
-    __slots__ = ('method', 'target', 'path', 'host', 'headers', 'names', 'fields', 'version11', 'keep_alive', 'length', 'chunked',
-                 'expects', 'fault')
-
-    def __init__(self, head: bytes) -> None:
-        """`head` ends with the CRLF of its last header line. Raises Malformed."""
-        line, _, block = head.partition(b'\r\n')
-        match = _REQUEST_LINE.fullmatch(line)
-        if not match:
-            raise Malformed('the request line is malformed, or its version neither HTTP/1.0 nor HTTP/1.1')
-        method, target, minor = match.groups()
-        self.method = method.decode()
-        self.version11 = minor == b'1'
-        self.headers = parse_headers(block)
-        self.names = [name.lower() for name, _ in self.headers]
-        self.fields = dict(zip(self.names, [value for _, value in self.headers]))
-        self.path, self.length, self.chunked, self.expects = '-', 0, False, False
-        self.fault = ''     # what is wrong beyond the form of its lines, told once it is known whose page asks
-        try:
-            self._read_target(target.decode())
-            self._read_framing()
-        except Malformed as error:
-            self.fault = str(error)
-        connection = self.fields.get(b'connection', b'').lower()
-        if len(self.names) > len(self.fields):
-            connection = b','.join(self.all(b'connection')).lower()
-        options = [option.strip() for option in connection.split(b',')] if connection else []
-        self.keep_alive = b'close' not in options and (self.version11 or b'keep-alive' in options)
-
-    @property
-    def has_body(self) -> bool:
-        return self.chunked or self.length > 0 or bool(self.fault)
-
-    def all(self, name: bytes) -> List[bytes]:
-        """The values of all fields with this (lower-case) name."""
-        return [value for n, (_, value) in zip(self.names, self.headers) if n == name]
-
-    def text(self, name: bytes) -> str:
-        return self.fields.get(name, b'').decode('latin-1')
-
-    def _read_target(self, target: str) -> None:
-        if target == '*' and self.method == 'OPTIONS':
-            authority, self.target = None, '*'
-        else:
-            authority, self.target = split_target(target)
-        self.path = self.target.partition('?')[0]
-        check_path(self.path)
-        repeated = self.names.count(b'host')
-        if repeated > 1 or self.version11 and not repeated:
-            raise Malformed('Host is missing or given twice')
-        self.host = self.text(b'host')
-        if not _HOST.fullmatch(self.host):
-            raise Malformed('Host is malformed')
-        if authority is not None:       # RFC 9112, section 3.2.2: it replaces Host
-            self.host = authority
-            if not authority or not _HOST.fullmatch(authority):
-                raise Malformed('the request target has a malformed host')
-
-    def _read_framing(self) -> None:
-        """RFC 9112, section 6; where it leaves a choice, the strict one: request smuggling lives on the others."""
-        names, fields = self.names, self.fields
-        if b'transfer-encoding' in fields:
-            if b'content-length' in fields:
-                raise Malformed('Content-Length and Transfer-Encoding in one request')
-            if names.count(b'transfer-encoding') > 1 or fields[b'transfer-encoding'].lower() != b'chunked' or not self.version11:
-                raise Malformed('Transfer-Encoding is something else than one chunked')
-            self.chunked = True
-        elif b'content-length' in fields:
-            if names.count(b'content-length') > 1:
-                raise Malformed('Content-Length is given twice')
-            self.length = parse_length(fields[b'content-length'])
-        self.expects = b'expect' in fields
-        if self.expects and (names.count(b'expect') > 1 or fields[b'expect'].lower() != b'100-continue'):
-            raise Malformed('Expect is something else than 100-continue')
-
-
-class AnswerHead:
-    """The head of the engine's answer. `length` is None where Content-Length does not say it."""
-
-    __slots__ = ('status', 'reason', 'headers', 'names', 'length', 'chunked', 'will_close', 'event_stream')
-
-    def __init__(self, head: bytes) -> None:
-        """`head` ends with the CRLF of its last header line. Raises Malformed."""
-        line, _, block = head.partition(b'\r\n')
-        match = _STATUS_LINE.fullmatch(line)
-        if not match:
-            raise Malformed('its status line is malformed')
-        self.status = int(match.group(2))
-        self.reason = match.group(3) or b''
-        self.headers = parse_headers(block)
-        self.names = [name.lower() for name, _ in self.headers]
-        fields = dict(zip(self.names, [value for _, value in self.headers]))
-        coding = fields.get(b'transfer-encoding')
-        if coding is not None and (coding.lower() != b'chunked' or b'content-length' in fields or self.names.count(b'transfer-encoding') > 1):
-            raise Malformed('its body is framed in a way that cannot be followed')
-        self.chunked = coding is not None
-        self.length = parse_length(fields[b'content-length']) if b'content-length' in fields else None
-        if self.names.count(b'content-length') > 1:
-            raise Malformed('it has two lengths')
-        connection = fields.get(b'connection', b'').lower()
-        self.will_close = b'close' in connection or match.group(1) == b'0' and b'keep-alive' not in connection
-        self.event_stream = fields.get(b'content-type', b'').lower().startswith(b'text/event-stream')
-
-
-CACHED_HEAD = 1024      # bytes; a kept connection repeats its heads, and reading one costs more than looking it up
-_cached_answer_head = functools.lru_cache(maxsize=64)(AnswerHead)
-_cached_request_head = functools.lru_cache(maxsize=256)(RequestHead)
-
-
-def parse_answer_head(head: bytes) -> AnswerHead:
-    """Raises Malformed."""
-    return _cached_answer_head(head) if len(head) <= CACHED_HEAD else AnswerHead(head)
-
-
-def parse_request_head(head: bytes) -> RequestHead:
-    """Raises Malformed."""
-    return _cached_request_head(head) if len(head) <= CACHED_HEAD else RequestHead(head)
-
-
-def nominated(names: Sequence[bytes], headers: Headers) -> Set[bytes]:
-    """The header names that Connection makes hop-by-hop."""
+def connection_options(names: Sequence[bytes], headers: Headers) -> Set[bytes]:
+    """What Connection lists, in lower case: `close`, `keep-alive`, and names of headers that are hop-by-hop."""
     return {option.strip().lower() for name, (_, value) in zip(names, headers) if name == b'connection' for option in value.split(b',')}
 
 
 def passed_on(names: Sequence[bytes], headers: Headers, dropped: FrozenSet[bytes]) -> List[bytes]:
     """Header lines that go on to the other side: less the hop-by-hop ones, those Connection names, and `dropped`."""
     if b'connection' in names:
-        dropped = dropped | nominated(names, headers)
+        dropped = dropped | connection_options(names, headers)
     return [b'%s: %s' % header for name, header in zip(names, headers) if name not in dropped]
 
 
+class MessageHead:
+    """What the heads of requests and answers have in common. `fields` has the last value of each (lower-case) name."""
+
+    def __init__(self, head: bytes, start_line: re.Pattern[bytes]) -> None:
+        """`head` ends with the CRLF of its last header line. Raises Malformed, as those of the subclasses."""
+        line, _, block = head.partition(b'\r\n')
+        match = start_line.fullmatch(line)
+        if not match:
+            raise Malformed('its first line is malformed, or its version neither HTTP/1.0 nor HTTP/1.1')
+        self.start = match
+        self.version11 = match['minor'] == b'1'
+        self.headers = parse_headers(block)
+        self.names = [name.lower() for name, _ in self.headers]
+        self.fields = dict(zip(self.names, [value for _, value in self.headers]))
+        options = connection_options(self.names, self.headers) if b'connection' in self.fields else ()
+        self.keep_alive = b'close' not in options and (self.version11 or b'keep-alive' in options)
+
+    def text(self, name: bytes) -> str:
+        return self.fields.get(name, b'').decode('latin-1')
+
+    def single(self, name: bytes) -> Optional[bytes]:
+        """The value of a field that must not be repeated, None where it is absent. Raises Malformed."""
+        if len(self.fields) < len(self.names) and self.names.count(name) > 1:
+            raise Malformed('%s is given twice' % name.decode().title())
+        return self.fields.get(name)
+
+    def framing(self) -> Tuple[bool, Optional[int]]:
+        """(chunked, Content-Length). RFC 9112, section 6; where it leaves a choice, the strict one:
+        request smuggling lives on the others. Raises Malformed."""
+        coding, length = self.single(b'transfer-encoding'), self.single(b'content-length')
+        if coding is not None and (coding.lower() != b'chunked' or length is not None):
+            raise Malformed('Transfer-Encoding is something else than one chunked, or stands beside a Content-Length')
+        return coding is not None, None if length is None else parse_length(length)
+
+
+class RequestHead(MessageHead):
+    """A request's head."""
+
+    target, path, host = '-', '-', ''
+    length, chunked, expects = 0, False, False
+    fault = ''      # what is wrong beyond the form of its lines, told once it is known whose page asks
+
+    def __init__(self, head: bytes) -> None:
+        super().__init__(head, _REQUEST_LINE)
+        self.method = self.start[1].decode()
+        try:
+            self._read_target(self.start[2].decode())
+            self._read_framing()
+        except Malformed as error:
+            self.fault = str(error)
+
+    @property
+    def has_body(self) -> bool:
+        return self.chunked or self.length > 0 or bool(self.fault)
+
+    def _read_target(self, target: str) -> None:
+        match = _TARGET.fullmatch(target)
+        if match:
+            self.path = match['path'] or '/'
+            self.target = self.path + (match['query'] or '')
+        elif target == '*' and self.method == 'OPTIONS':
+            self.path = self.target = target
+        else:
+            raise Malformed('the request target is neither a path nor an http URL, or has a fragment')
+        check_path(self.path)
+        if self.single(b'host') is None and self.version11:
+            raise Malformed('Host is missing')
+        self.host = self.text(b'host')
+        authority = match['authority'] if match else None
+        if not (_HOST.fullmatch(self.host) and _HOST.fullmatch(authority or '')):
+            raise Malformed('Host, or the host of the request target, is malformed')
+        self.host = authority or self.host      # RFC 9112, section 3.2.2
+
+    def _read_framing(self) -> None:
+        self.chunked, length = self.framing()
+        self.length = length or 0
+        if self.chunked and not self.version11:
+            raise Malformed('Transfer-Encoding in HTTP/1.0')
+        self.expects = self.single(b'expect') is not None
+        if self.expects and self.text(b'expect').lower() != '100-continue':
+            raise Malformed('Expect is something else than 100-continue')
+
+
+class AnswerHead(MessageHead):
+    """The head of the engine's answer. `length` is None where Content-Length does not say it."""
+
+    def __init__(self, head: bytes) -> None:
+        super().__init__(head, _STATUS_LINE)
+        self.status, self.reason = int(self.start[2]), self.start[3] or b''
+        self.chunked, self.length = self.framing()
+        self.will_close = not self.keep_alive
+        self.event_stream = self.text(b'content-type').lower().startswith('text/event-stream')
+
+
+def _caching(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """A kept connection repeats its heads, and reading one costs more than looking it up. Long ones are not kept."""
+    cached = functools.lru_cache(maxsize=256)(parse)
+    return lambda head: cached(head) if len(head) <= 1024 else parse(head)
+
+
+parse_request_head: Callable[[bytes], RequestHead] = _caching(RequestHead)
+parse_answer_head: Callable[[bytes], AnswerHead] = _caching(AnswerHead)
 END_OF_CHUNKS = b'0\r\n\r\n'
 
 
@@ -1569,21 +1503,17 @@ def chunk(payload: bytes) -> bytes:
 
 
 class BodyFollower:
-    """Follows the framing of a body whose bytes come in pieces.
+    """Follows the framing of a body whose bytes come in pieces."""
 
-    `feed` takes a piece and returns the bytes of it that may be passed on as they are. `done`
-    says that the body is whole, `excess` are bytes behind its end, `tail` the last four bytes
-    of payload, and `payload`, where it is a list, collects the payload without the framing.
-    """
+    done = False        # it is whole
+    excess = b''        # bytes behind its end
+    tail = b''          # the last four bytes of payload
 
     def __init__(self, collect: bool = False) -> None:
-        self.done = False
-        self.excess = b''
-        self.tail = b''
-        self.payload: Optional[List[bytes]] = [] if collect else None
+        self.payload: Optional[List[bytes]] = [] if collect else None       # what came without the framing
 
     def feed(self, data: bytes) -> bytes:
-        """Raises Malformed."""
+        """Takes a piece; returns the bytes that may be passed on as they are. Raises Malformed."""
         self.tail = (self.tail + data[-4:])[-4:]
         if self.payload is not None:
             self.payload.append(data)
@@ -1618,8 +1548,7 @@ class BodyByLength(BodyFollower):
         self.done = not length
 
     def feed(self, data: bytes) -> bytes:
-        if len(data) > self._left:
-            data, self.excess = data[:self._left], data[self._left:]
+        data, self.excess = data[:self._left], data[self._left:]
         self._left -= len(data)
         self.done = not self._left
         return super().feed(data)
@@ -1628,75 +1557,67 @@ class BodyByLength(BodyFollower):
 class ChunkedBody(BodyFollower):
     """A chunked body. Boundaries are followed, not guessed: the end mark may stand inside data.
 
-    What `feed` returns never ends within a size line or the end mark, so that an event can be
-    inserted, and a cut body never looks whole.
+    What `feed` returns never ends within a size line, a chunk's line end or the end mark, so
+    that an event can be inserted, and a cut body never looks whole.
     """
 
     def __init__(self, collect: bool = False) -> None:
         super().__init__(collect)
         self._left = 0          # bytes of the chunk that are still to come, its CRLF included; 0: a size line is next
-        self._held = b''        # the beginning of a size line or of the end mark
+        self._held = b''        # the beginning of a size line, a line end or the end mark
         self.announced = 0      # payload bytes of all chunks whose size is known
 
     def feed(self, data: bytes) -> bytes:
         """One round a chunk, and a fast engine sends hundreds of them in a piece: hence one flat loop."""
         if self._held:
             data, self._held = self._held + data, b''
-        left, payload, at, end = self._left, self.payload, 0, len(data)
-        tail, known = self.tail, 0      # the end of the payload: data[known - 4:known], or `tail` where the last chunks were tiny
+        payload, announced, left, at, end = self.payload, self.announced, self._left, 0, len(data)
+        known, small = 0, b''       # where the last payload of four bytes or more ends, and the end of those behind it
         while at < end:
-            start = at
             if not left:
                 line = data.find(b'\r\n', at, at + CHUNK_LINE)
-                if line < 0:
-                    data = self._hold(data, at, CHUNK_LINE)
-                    break
-                size = parse_chunk_size(data[at:line])
+                size = parse_chunk_size(data[at:line]) if line >= 0 else 0
                 if not size:
-                    data = self._last_chunk(data, at, line + 2)
+                    data = self._no_chunk(data, at, line)
                     break
-                self.announced += size
-                start, left = line + 2, size + 2
-            at = start + left
-            if at <= end:
-                first, last, left = start, at - 2, 0
-                if data[last:at] != b'\r\n' and not (at == start + 1 and data[start] == 10):
-                    raise Malformed('a chunk is longer than its size')
+                announced += size
+                at, left = line + 2, size + 2
+            first, at, left = at, at + left, 0
+            last = at - 2 if at - 2 < end else end
+            if data[at - 2:at] not in (b'\r\n', b'\r', b''):     # as much of it as is there
+                raise Malformed('a chunk is longer than its size')
+            if last - first > 3:
+                known, small = last, b''
             else:
-                first, last, left = start, min(at - 2, end), at - end
-                if left == 1 and data[-1] != 13:
-                    raise Malformed('a chunk is longer than its size')
-            if last - first >= 4:
-                known = last
-            elif last > first:
-                tail, known = ((data[known - 4:known] if known else tail) + data[first:last])[-4:], 0
-            if payload is not None and last > first:
+                small = (small + data[first:last])[-4:]
+            if payload is not None:
                 payload.append(data[first:last])
-        self._left, self.tail = left, data[known - 4:known] if known else tail
+        tail = data[known - 4:known] if known else self.tail
+        self.tail = (tail + small)[-4:] if small else tail
+        if at > end:
+            left = at - end
+        if left == 1:
+            data, self._held, left = data[:-1], b'\r', 2
+        self.announced, self._left = announced, left
         return data
 
-    def _hold(self, data: bytes, at: int, limit: int) -> bytes:
-        """Keeps what is not a whole line yet; returns what comes before."""
-        if len(data) - at >= limit or _NOT_IN_A_HEAD.search(data, at):
+    def _no_chunk(self, data: bytes, at: int, line: int) -> bytes:
+        """The end mark, whose trailers are dropped, or the beginning of a line: held until it is whole."""
+        end = data.find(b'\r\n\r\n', line) if line >= 0 else -1
+        if end >= 0:
+            parse_headers(data[line + 2:end + 2])
+            self.done, self.excess = True, data[end + 4:]
+            return data[:at] + END_OF_CHUNKS
+        if len(data) - at >= (CHUNK_LINE if line < 0 else LINE_LENGTH) or _NOT_IN_A_HEAD.search(data, at):
             raise Malformed('a chunk size or a trailer is malformed')
         self._held = data[at:]
         return data[:at]
 
-    def _last_chunk(self, data: bytes, at: int, start: int) -> bytes:
-        """The end mark is held until it is whole; trailers are dropped."""
-        stop = start + 2 if data.startswith(b'\r\n', start) else data.find(b'\r\n\r\n', start) + 4
-        if stop < 4:
-            return self._hold(data, at, LINE_LENGTH)
-        parse_headers(data[start:max(start, stop - 2)])
-        self.done = True
-        self.excess = data[stop:]
-        return data[:at] + END_OF_CHUNKS
-
     def insert(self, event: bytes) -> bytes:
         """Within an unfinished chunk its announced size has to be filled first: the receiver counts."""
+        if not self._left:
+            return chunk(event)
         room = self._left - 2
-        if room <= 0:
-            return b'\r\n'[2 - self._left:] + chunk(event)
         if room < len(event):
             return event[:room] + b'\r\n' + chunk(event[room:])
         if room - len(event) > HEAD_LENGTH:
@@ -1708,36 +1629,28 @@ class ChunkedBody(BodyFollower):
 # ---------------------------------------------------------------------------------------------
 # Relay
 
+DONT_WAIT = int(getattr(socket, 'MSG_DONTWAIT', 0))     # not on Windows
 RECV_SIZE = 65536
-READ_AHEAD = 65536      # bytes of pipelined requests that are kept while one is in progress
+RECENT = 2048           # bytes, at most, of each of a stream's last pieces, kept for usage and errors
+READ_AHEAD = 65536      # bytes of pipelined requests after which no more are read while one is in progress
 _WOULD_BLOCK = (BlockingIOError, socket.timeout)    # what SO_RCVTIMEO and SO_SNDTIMEO end in; Windows: a timeout
 
 
 def set_socket_timeout(sock: socket.socket, option: int, seconds: float) -> None:
     """SO_RCVTIMEO or SO_SNDTIMEO. `settimeout` would cost a poll before each call; infinity is without limit."""
-    if math.isinf(seconds) or seconds > 1e8:
-        seconds = 0.0
-    elif seconds < 0.001:
-        seconds = 0.001     # 0 would mean without limit
-    if POSIX:
-        value: Union[bytes, int] = struct.pack('ll', int(seconds), int(seconds % 1 * 1e6))
-    else:
-        value = int(seconds * 1000)
+    seconds = max(seconds, 0.001) if seconds < 1e8 else 0.0     # 0 means without limit
+    value: Union[bytes, int] = struct.pack('ll', int(seconds), int(seconds % 1 * 1e6)) if POSIX else int(seconds * 1000)
     sock.setsockopt(socket.SOL_SOCKET, option, value)
 
 
 def shut(sock: socket.socket) -> None:
     """Ends a connection from another thread: a recv or send that blocks in it returns."""
-    try:
+    with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass
 
 
 class ClientConnection:
     """A client's connection: the socket, and what was received and not yet used."""
-
-    __slots__ = ('sock', 'fd', 'address', 'buffer', '_patience', '_usual')
 
     def __init__(self, sock: socket.socket, address: str, server: ServerConfig) -> None:
         self.sock = sock
@@ -1746,42 +1659,47 @@ class ClientConnection:
         self.buffer = b''
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         set_socket_timeout(sock, socket.SO_SNDTIMEO, server.write_timeout)
-        self._usual = min(server.idle_timeout, server.read_timeout)
+        self._usual = 0.9 * min(server.idle_timeout, server.read_timeout)   # a little less, so that a request costs no setsockopt
         self._patience = 0.0        # what SO_RCVTIMEO is set to
-        self.be_patient(self._usual)
 
-    def be_patient(self, seconds: float) -> None:
-        if self._patience != seconds:
-            self._patience = seconds
-            set_socket_timeout(self.sock, socket.SO_RCVTIMEO, seconds)
-
-    def receive(self, deadline: Deadline, into: Optional[memoryview] = None) -> Union[bytes, int]:
-        """Some bytes (or their number, where they went `into`); none at end-of-file. Raises socket.timeout.
-
-        The usual patience is tried first and often enough, so that a request costs no setsockopt.
-        """
+    def receive(self, deadline: Deadline) -> bytes:
+        """Some bytes; none at end-of-file. Raises socket.timeout."""
         while True:
             remaining = deadline.remaining()
             if not remaining:
-                self.be_patient(self._usual)
                 raise socket.timeout
-            if remaining < self._patience:
-                self.be_patient(remaining)
-            elif self._patience < self._usual:
-                self.be_patient(min(self._usual, remaining))
+            if self._patience != min(self._usual, remaining):
+                self._patience = min(self._usual, remaining)
+                set_socket_timeout(self.sock, socket.SO_RCVTIMEO, self._patience)
             try:
-                return self.sock.recv(RECV_SIZE) if into is None else self.sock.recv_into(into)
+                return self.sock.recv(RECV_SIZE)
             except _WOULD_BLOCK:
                 continue
             except OSError:
-                return b'' if into is None else 0
+                return b''
 
-    def send(self, data: bytes) -> None:
-        """Sends all of it. Raises ClientGone, also where the client takes no bytes for write_timeout."""
+    def send(self, data: bytes, patience: float) -> None:
+        """Sends all of it. Raises ClientGone, also where the client takes no bytes for `patience` seconds."""
         try:
-            self.sock.sendall(data)
+            sent = self.sock.send(data, DONT_WAIT)      # nearly always all
+            while sent < len(data) and self._takes_bytes(patience):
+                sent += self.sock.send(memoryview(data)[sent:], DONT_WAIT)
+        except _WOULD_BLOCK:
+            sent = 0
+            if self._takes_bytes(patience):
+                return self.send(data, patience)
         except OSError:
             raise ClientGone from None
+        if sent < len(data):
+            raise ClientGone
+
+    def _takes_bytes(self, patience: float) -> bool:
+        """Waits until it does; False when the time is up. Where there is no poll, send itself has waited (SO_SNDTIMEO)."""
+        if not DONT_WAIT:
+            return True
+        waiter = select.poll()
+        waiter.register(self.sock, select.POLLOUT)
+        return bool(waiter.poll(min(patience, 1e6) * 1000))
 
 
 class Exchange(Waiter):
@@ -1791,40 +1709,36 @@ class Exchange(Waiter):
     the engine's connection by shutting that down.
     """
 
-    __slots__ = ('connection', 'relay', 'id', 'client', 'method', 'path', 'started', 'queue_seconds', 'first_byte', 'status', 'outcome',
-                 'sent', 'tokens', 'prompt_tokens', 'counted', 'well_answered', 'head_sent', 'gone', 'refusal', 'watched',
-                 'arrived', 'heard', 'finished', 'heartbeat', '_lock', '_event', '_engine')
+    method = path = '-'
+    status: Optional[int] = None
+    outcome = ''
+    queue_seconds = 0.0
+    first_byte: Optional[float] = None      # monotonic
+    sent = 0                                # body bytes
+    tokens: Optional[int] = None
+    prompt_tokens: Optional[int] = None
+    counted = False                         # GET, HEAD or POST under a forwarded prefix
+    well_answered = False                   # by the engine, below 400: its path becomes a label in the metrics
+    head_sent = False                       # the commit point: what follows cannot be another answer
+    held_up = False
+    watched = False
+    heard: Optional[Callable[[], None]] = None          # told of each sign of life of the engine, where somebody wants to know
+    heartbeat: Optional[Callable[[], float]] = None     # sends one where it is due, returns seconds to the next
+    refusal: Optional[GatewayError] = None
+    _event: Optional[threading.Event] = None
+    # _lock guards what follows: decided under it, a cancel never hits a connection that is no longer ours.
+    gone = False                            # the client left
+    finished = False
+    cut: Optional[str] = None               # the error code, where it was broken off
+    _engine: Optional[socket.socket] = None
 
     def __init__(self, connection: ClientConnection, relay: 'Relay', request_id: str) -> None:
         self.connection = connection
         self.relay = relay
         self.id = request_id
         self.client = connection.address
-        self.method = self.path = '-'
-        self.started = time.monotonic()
-        self.arrived = self.started                 # when the request was there whole
-        self.queue_seconds = 0.0
-        self.first_byte: Optional[float] = None     # monotonic
-        self.status: Optional[int] = None
-        self.outcome = ''
-        self.sent = 0                               # body bytes
-        self.tokens: Optional[int] = None
-        self.prompt_tokens: Optional[int] = None
-        self.counted = False                        # GET, HEAD or POST under a forwarded prefix
-        self.well_answered = False                  # by the engine, below 400: its path becomes a label in the metrics
-        self.head_sent = False                      # the commit point: what follows cannot be another answer
-        self.held_up = False
-        self.watched = False
-        self.heard: Optional[Callable[[], None]] = None     # told of each sign of life of the engine, where somebody wants to know
-        self.heartbeat: Optional[Callable[[], float]] = None    # sends one where it is due, returns seconds to the next
-        # _lock guards what follows: decided under it, a cancel never hits a connection that is no longer ours.
+        self.started = self.arrived = time.monotonic()      # arrived: when the request was there whole
         self._lock = threading.Lock()
-        self.gone = False                           # the client left
-        self.finished = False
-        self.refusal: Optional[GatewayError] = None
-        self.cut: Optional[str] = None              # the error code, where it was broken off
-        self._engine: Optional[socket.socket] = None
-        self._event: Optional[threading.Event] = None
 
     # -- for its own thread
 
@@ -1859,14 +1773,13 @@ class Exchange(Waiter):
             self.relay.post(self.relay.watch, self)
 
     def attach(self, engine: socket.socket) -> None:
-        """The connection to the engine that a cancel has to shut. Raises ClientGone, EngineBroke."""
+        """The connection to the engine that a cancel has to shut. Raises ClientGone, EngineNotAccepting."""
         with self._lock:
             self._engine = engine
-            gone, cut = self.gone, self.cut
-        if gone:
-            raise ClientGone
-        if cut:
-            raise EngineBroke('it was broken off')
+            if self.gone:
+                raise ClientGone
+            if self.cut:
+                raise EngineNotAccepting('it is being stopped')
 
     def detach(self) -> None:
         with self._lock:
@@ -1882,38 +1795,29 @@ class Exchange(Waiter):
     def send(self, data: bytes) -> None:
         """Sends bytes of the answer to the client. Raises ClientGone."""
         self.held_up = True
-        self.connection.send(data)
+        self.connection.send(data, self.relay.write_timeout)
         self.held_up = False
 
     # -- for others
 
     def wake(self) -> None:
-        event = self._event
-        if event is not None:
-            event.set()
-
-    def cancel(self) -> None:
-        """The client left: everything that is done for it ends."""
-        self._interrupt(gone=True)
-
-    def break_off(self, code: str) -> None:
-        """The engine's side ends; the client is told so with this error code."""
-        self._interrupt(code=code)
+        if self._event is not None:
+            self._event.set()
 
     def refuse(self, error: GatewayError) -> None:
         """Whoever waits in line is sent away."""
         self.refusal = error
         self.wake()
 
-    def _interrupt(self, gone: bool = False, code: Optional[str] = None) -> None:
+    def break_off(self, code: str = '', gone: bool = False) -> None:
+        """All that is done for it ends: its client is told so with this error code, or has left."""
         with self._lock:
             if self.finished:
                 return
             self.gone = self.gone or gone
-            self.cut = self.cut or code
-            engine = self._engine
-            if engine is not None:
-                shut(engine)        # under the lock: afterwards it may be somebody else's
+            self.cut = self.cut or code or None
+            if self._engine is not None:
+                shut(self._engine)      # under the lock: afterwards it may be somebody else's
         self.wake()
 
     def read_ahead(self) -> bool:
@@ -1922,19 +1826,25 @@ class Exchange(Waiter):
         End-of-file cancels the request; other bytes are a pipelined request, kept for its own thread.
         """
         with self._lock:
-            if self.finished:
+            if self.finished or len(self.connection.buffer) >= READ_AHEAD:
                 return False
             try:
-                data = self.connection.sock.recv(RECV_SIZE, getattr(socket, 'MSG_DONTWAIT', 0))
+                data = self.connection.sock.recv(RECV_SIZE, DONT_WAIT)
             except _WOULD_BLOCK:
                 return True
             except OSError:
                 data = b''
-            if data:
-                self.connection.buffer += data
-                return len(self.connection.buffer) < READ_AHEAD
-        self.cancel()
-        return False
+            self.connection.buffer += data
+        if not data:
+            self.break_off(gone=True)
+        return bool(data)
+
+
+def has_hung_up(sock: socket.socket) -> bool:
+    """Whether the other side has closed, behind bytes that nobody reads. Only Linux can tell."""
+    waiter = select.poll()
+    waiter.register(sock, getattr(select, 'POLLRDHUP', 0))
+    return bool(waiter.poll(0))
 
 
 def finished_event(tail: bytes) -> bytes:
@@ -1949,30 +1859,24 @@ def only_comments(payload: bytes) -> bool:
     return all(line.startswith(b':') for line in payload.split(b'\n') if line.strip())
 
 
+@dataclasses.dataclass(eq=False)
 class Stream:
-    """An answer on its way from the engine to a client. Once posted, it belongs to the relay's thread.
+    """An answer on its way from the engine to a client. Once posted, it belongs to the relay's thread."""
 
-    `translate` is 'raw' (bytes pass as they are), 'decode' (chunks are undone, for HTTP/1.0)
-    or 'encode' (chunks are made, of a body that ends with its connection).
-    """
+    exchange: Exchange
+    engine: socket.socket
+    body: BodyFollower
+    translate: str          # 'raw': as it is; 'decode': chunks undone, for HTTP/1.0; 'encode': chunks made, of a body that ends by closing
+    event_stream: bool
+    result: str = ''        # 'ok', 'truncated' or 'cancelled' when it is over
+    ending: str = ''        # the result, once `pending` has left
+    fault: str = ''         # why it was truncated
+    pending: bytes = b''    # what the client did not take yet; the engine's side rests meanwhile
 
-    __slots__ = ('exchange', 'engine', 'client', 'body', 'translate', 'event_stream', 'result', 'ending', 'fault', 'pending', '_relay', '_recent')
-
-    RECENT = 2048       # bytes, at most, of each of the last pieces, kept for usage and errors
-
-    def __init__(self, exchange: Exchange, engine: socket.socket, body: BodyFollower, translate: str, event_stream: bool) -> None:
-        self.exchange = exchange
-        self.engine = engine
-        self.client = exchange.connection.sock
-        self.body = body
-        self.translate = translate
-        self.event_stream = event_stream
-        self.result = ''                # 'ok', 'truncated' or 'cancelled' when it is over
-        self.fault = ''                 # why it was truncated
-        self.pending = b''              # what the client did not take yet; the engine's side rests meanwhile
-        self._relay = exchange.relay
+    def __post_init__(self) -> None:
+        self.client = self.exchange.connection.sock
+        self._relay = self.exchange.relay
         self._recent: Deque[bytes] = collections.deque(maxlen=8)
-        self.ending = ''                # the result, once `pending` has left
 
     @property
     def recent(self) -> bytes:
@@ -1981,12 +1885,11 @@ class Stream:
 
     def advance(self, data: bytes) -> bytes:
         """What the client gets for bytes of the engine's, or for its end-of-file; `ending` is set when they are the last."""
-        body = self.body
+        body, out = self.body, b''
         try:
             if data:
                 out = body.feed(data)
-            else:
-                out = b''
+            elif not self.exchange.cut:     # else it is no end
                 body.end_of_file()
             if self.translate != 'raw' or body.payload is not None:
                 out = self._translated(out)
@@ -1997,7 +1900,7 @@ class Stream:
         except Malformed as error:
             self.ending, self.fault = 'truncated', str(error)
             out = self._error_event() if self.event_stream else b''
-        self._recent.append(out if len(out) <= self.RECENT else out[-self.RECENT:])
+        self._recent.append(out[-RECENT:])
         self.exchange.sent += len(out)
         return out
 
@@ -2018,49 +1921,41 @@ class Stream:
 
     def on_engine(self, events: int) -> None:
         """The engine's socket is readable."""
+        if self.result:
+            return      # ended by another event of the same round: the sockets are its own thread's again
+        if self.exchange.gone:
+            return self._relay.end(self, 'cancelled')
         try:
             data = self.engine.recv(RECV_SIZE)
         except _WOULD_BLOCK:
             return
         except OSError:
             data = b''
-        out = self.advance(data)
+        self._pass_on(self.advance(data))
+
+    def on_client(self, events: int) -> None:
+        """The client's socket is readable (it leaves, or pipelines), or takes bytes again."""
+        if self.result:
+            return
+        if events & selectors.EVENT_WRITE:
+            self._pass_on(self.pending)
+        elif not self.exchange.read_ahead():
+            self._relay.copy(self)
+
+    def _pass_on(self, data: bytes) -> None:
+        """To the client; what it does not take is kept."""
         try:
-            taken = self.client.send(out) if out else 0
+            taken = self.client.send(data) if data else 0
         except _WOULD_BLOCK:
             taken = 0
         except OSError:
             return self._relay.end(self, 'cancelled')
-        if taken < len(out):
-            self.pending = out[taken:]
-            self._relay.hold(self)
-        elif self.ending:
+        rest = data[taken:]
+        if rest != self.pending:        # it comes to a stop, gets on a little, or flows again
+            self.pending = rest
+            self._relay.copy(self)
+        if self.ending and not rest:
             self._relay.end(self, self.ending)
-
-    def on_client(self, events: int) -> None:
-        """The client's socket is readable (it leaves, or pipelines), or takes bytes again."""
-        if events & selectors.EVENT_WRITE:
-            try:
-                self.pending = self.pending[self.client.send(self.pending):]
-            except _WOULD_BLOCK:
-                return
-            except OSError:
-                return self._relay.end(self, 'cancelled')
-            if self.pending:
-                self._relay.hold(self)      # some progress: write_timeout begins anew
-            elif self.ending:
-                self._relay.end(self, self.ending)
-            else:
-                self._relay.resume(self)
-        elif not self.exchange.read_ahead():
-            if self.exchange.gone:
-                self._relay.end(self, 'cancelled')
-            else:
-                self._relay.stop_reading(self)
-
-
-def on_nothing(events: int) -> None:
-    """The callback of a socket that is not registered."""
 
 
 class Relay(threading.Thread):
@@ -2071,6 +1966,7 @@ class Relay(threading.Thread):
     """
 
     READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+    GLANCE = 0.5        # seconds between two looks at clients that take no bytes
 
     def __init__(self) -> None:
         super().__init__(name='relay', daemon=True)
@@ -2080,8 +1976,8 @@ class Relay(threading.Thread):
         self._waker.setblocking(False)
         self._wakened.setblocking(False)
         self._asleep = True             # whether a letter has to ring
-        self._closed = False
-        self._held: Dict[Stream, Deadline] = {}     # streams whose client takes no bytes, the longest first
+        self._held: Dict[Stream, float] = {}        # streams whose client takes no bytes, since when (monotonic), the longest first
+        self._stuffed: Set[Exchange] = set()        # whose clients have pipelined so much that no more is read
         self.write_timeout = 30.0       # seconds
 
     # -- for others
@@ -2097,49 +1993,53 @@ class Relay(threading.Thread):
                 pass        # it is full, so it rings already, or the relay has ended
 
     def close(self) -> None:
-        self.post(self._close, None)
+        self.post(sys.exit, None)
 
     # -- its own thread
 
     def run(self) -> None:
-        self._set(self._wakened.fileno(), self.READ, lambda events: self._wakened.recv(4096))
-        while not self._closed:
-            for key, events in self._selector.select(self._patience() if self._held else None):
-                try:
-                    key.data(events)
-                except Exception:       # a fault in one stream is not the others'
-                    log.exception('internal error in the relay')
-            if self._held:
-                self._end_stalled()
-            self._asleep = True     # before the box is emptied: a letter that comes now rings
-            while self._mail:
-                what, argument = self._mail.popleft()
-                try:
-                    what(argument)
-                except Exception:
-                    log.exception('internal error in the relay')
-        self._selector.close()
-        self._waker.close()
-        self._wakened.close()
+        with self._selector, self._waker, self._wakened:
+            self._listen(self._wakened.fileno(), self.READ, lambda events: self._wakened.recv(4096))
+            while True:
+                for what, argument in self._round():
+                    try:
+                        what(argument)
+                    except Exception:       # a fault in one stream is not the others'
+                        log.exception('internal error in the relay')
 
-    def _patience(self) -> Optional[float]:
-        """Seconds until the first held stream has to be given up."""
-        seconds = next(iter(self._held.values())).remaining()
-        return None if math.isinf(seconds) else seconds
+    def _round(self) -> Iterator[Tuple[Callable[[Any], object], Any]]:
+        """Waits for events; yields what they and the letters want done: (callback, argument)."""
+        for key, events in self._selector.select(self.GLANCE if self._held or self._stuffed else None):
+            yield key.data, events
+        if self._held or self._stuffed:
+            self._glance()
+        self._asleep = True     # before the box is emptied: a letter that comes now rings
+        while self._mail:
+            yield self._mail.popleft()
 
-    def _end_stalled(self) -> None:
-        for stream in [stream for stream, deadline in self._held.items() if deadline.expired]:
+    def _glance(self) -> None:
+        """Gives up clients that take no bytes for too long, and those that left behind the much that they had pipelined."""
+        for stream in [stream for stream, since in self._held.items() if time.monotonic() - since > self.write_timeout]:
             self.end(stream, 'cancelled')
+        for exchange in list(self._stuffed):
+            if exchange.finished or has_hung_up(exchange.connection.sock):
+                self._stuffed.discard(exchange)
+                exchange.break_off(gone=True)
 
-    def _close(self, _: None) -> None:
-        self._closed = True
-
-    def _set(self, fd: int, events: int, callback: Callable[[int], object]) -> None:
-        """Registers a socket anew (no events: not at all). Its number may still stand there for one that was closed."""
+    def _listen(self, fd: int, events: int, callback: Optional[Callable[[int], object]] = None) -> None:
+        """From now on to these events (0: none). The number may still stand there for a socket that was closed."""
         if fd in self._selector.get_map():
             self._selector.unregister(fd)
         if events:
             self._selector.register(fd, events, callback)
+
+    def end(self, stream: Stream, result: str) -> None:
+        self._held.pop(stream, None)
+        self._listen(stream.engine.fileno(), 0)
+        self._listen(stream.client.fileno(), 0)
+        stream.exchange.held_up = False
+        stream.result = result
+        stream.exchange.wake()
 
     # -- letters
 
@@ -2148,59 +2048,42 @@ class Relay(threading.Thread):
         def on_client(events: int) -> None:
             if not exchange.read_ahead() and not exchange.finished:
                 self.unwatch(exchange)
+                self._stuffed.add(exchange)
         if not exchange.finished:
-            self._set(exchange.connection.fd, self.READ, on_client)
+            self._listen(exchange.connection.fd, self.READ, on_client)
 
     def unwatch(self, exchange: Exchange) -> None:
-        self._set(exchange.connection.fd, 0, on_nothing)
+        self._listen(exchange.connection.fd, 0)
 
     def copy(self, stream: Stream) -> None:
-        """Copies a stream until its end; its exchange is woken then."""
-        self._set(stream.engine.fileno(), self.READ, stream.on_engine)
-        self._set(stream.client.fileno(), self.READ, stream.on_client)
-        if stream.exchange.gone:
-            self.end(stream, 'cancelled')
-
-    def hold(self, stream: Stream) -> None:
-        """The client takes no bytes: the engine's side rests until it does."""
-        stream.exchange.held_up = True
+        """Listens to what a stream needs as it stands, until its end; its exchange is woken then."""
+        exchange, rests = stream.exchange, bool(stream.pending)
+        if exchange.gone:
+            return self.end(stream, 'cancelled')
+        exchange.held_up = rests
         self._held.pop(stream, None)
-        self._held[stream] = Deadline(self.write_timeout)
-        self._set(stream.engine.fileno(), 0, on_nothing)
-        self._set(stream.client.fileno(), self.READ | self.WRITE, stream.on_client)
-
-    def resume(self, stream: Stream) -> None:
-        stream.exchange.held_up = False
-        del self._held[stream]
-        self.copy(stream)
-
-    def stop_reading(self, stream: Stream) -> None:
-        """The client has pipelined more than is kept: it is only written to."""
-        self._set(stream.client.fileno(), self.WRITE if stream.pending else 0, stream.on_client)
-
-    def end(self, stream: Stream, result: str) -> None:
-        if not stream.result:
-            self._held.pop(stream, None)
-            self._set(stream.engine.fileno(), 0, on_nothing)
-            self._set(stream.client.fileno(), 0, on_nothing)
-            stream.exchange.held_up = False
-            stream.result = result
-            stream.exchange.wake()
+        if rests:
+            self._held[stream] = time.monotonic()
+        reads = len(exchange.connection.buffer) < READ_AHEAD
+        if not reads:
+            self._stuffed.add(exchange)
+        self._listen(stream.engine.fileno(), 0 if rests else self.READ, stream.on_engine)
+        self._listen(stream.client.fileno(), self.READ * reads | self.WRITE * rests, stream.on_client)
 
 
 # ---------------------------------------------------------------------------------------------
 # Admission
 
 
-class _Line:
+class Line:
     """The waiting requests of one client, first come first served."""
 
-    __slots__ = ('client', 'turn', 'tickets')
+    __slots__ = ('name', 'turn', 'waiting')
 
-    def __init__(self, client: str, turn: Tuple[int, int]) -> None:
-        self.client = client
+    def __init__(self, name: str, turn: Tuple[int, int]) -> None:
+        self.name = name
         self.turn = turn        # when it was served last, then when it came: the order among lines
-        self.tickets: 'collections.OrderedDict[Exchange, None]' = collections.OrderedDict()
+        self.waiting: 'collections.OrderedDict[Exchange, None]' = collections.OrderedDict()
 
 
 class AdmissionQueue:
@@ -2219,12 +2102,10 @@ class AdmissionQueue:
         self._lock = threading.Lock()
         self._config = config
         self._slots = threading.BoundedSemaphore(config.max_concurrency)
-        self._excess = 0        # slots to be withdrawn on release, after a reload with fewer
-        self._running: Dict[Exchange, float] = {}       # since when, monotonic
-        self._granted: Set[Exchange] = set()            # handed a slot, not yet taken note of
-        self._lines: Dict[str, _Line] = {}
-        self._turns: List[Tuple[Tuple[int, int], _Line]] = []   # a heap of lines; may hold abandoned ones
-        self._waiting = 0
+        self._running: Dict[Exchange, float] = {}       # who has a slot, and since when (monotonic)
+        self._waiting: Dict[Exchange, Line] = {}
+        self._lines: Dict[str, Line] = {}
+        self._turns: List[Tuple[Tuple[int, int], str]] = []     # of the lines, sorted
         self._served: 'collections.OrderedDict[str, int]' = collections.OrderedDict()
         self._counter = itertools.count(1)
         self._service_seconds = 1.0     # how long a slot is held, a moving average
@@ -2234,55 +2115,46 @@ class AdmissionQueue:
     def check_room(self, announced: int) -> None:
         """Refuses early, before a body is read. Raises GatewayError (429, 503)."""
         with self._lock:
-            if self._closed:
-                raise shutting_down()
-            if self._is_full():
-                raise self._full('the queue is full: %d requests are waiting' % self._waiting)
+            self._check_line()
             self._check_bytes(announced)
 
-    def check_bytes(self, announced: int) -> None:
-        """Refuses what would not fit beside the bodies that are held. Raises GatewayError (429)."""
+    def hold_bytes(self, count: int, announced: int = 0) -> None:
+        """Counts bytes of a body that have arrived. Raises GatewayError (429) where they, or more that are announced, do not fit."""
         with self._lock:
-            self._check_bytes(announced)
-
-    def hold_bytes(self, count: int) -> None:
-        """Counts bytes of a body that have arrived. Raises GatewayError (429)."""
-        with self._lock:
-            self._check_bytes(count)
+            self._check_bytes(count + announced)
             self._bytes += count
 
     def drop_bytes(self, count: int) -> None:
-        if count:
-            with self._lock:
-                self._bytes -= count
+        with self._lock:
+            self._bytes -= count
 
     def admit(self, exchange: Exchange, deadline: Deadline, ready: Callable[[], bool]) -> None:
         """Waits for a slot, which `release` gives back. Raises GatewayError (429, 503) and ClientGone."""
         with self._lock:
-            if self._closed:
-                raise shutting_down()
+            self._check_line()
             if not self._waiting and self._slots.acquire(blocking=False):
-                return self._take(exchange)
-            if self._is_full():
-                raise self._full('the queue is full: %d requests are waiting' % self._waiting)
+                return self._grant(exchange)
             exchange.rearm()
             self._enqueue(exchange)
         try:
-            while exchange not in self._granted:
+            while exchange not in self._running:
                 if deadline.expired:
                     raise self._timed_out(ready())
                 exchange.wait(deadline)
                 exchange.rearm()
-        finally:
-            self._settle(exchange, sys.exc_info()[0] is not None)
+        except BaseException:
+            self.release(exchange)
+            raise
 
     def release(self, exchange: Exchange) -> None:
-        """Gives the slot on, where it was not given on already."""
+        """Gives the slot on, where there is one (still); who waits for one, leaves the line."""
         with self._lock:
-            if exchange not in self._running:
+            if exchange in self._waiting:
+                return self._leave_line(exchange)
+            since = self._running.pop(exchange, None)
+            if since is None:
                 return
-            held = time.monotonic() - self._running.pop(exchange)
-            self._service_seconds += (held - self._service_seconds) / 8
+            self._service_seconds += (time.monotonic() - since - self._service_seconds) / 8
             successor = self._hand_over()
         if successor:
             successor.wake()
@@ -2291,7 +2163,7 @@ class AdmissionQueue:
         """Nobody is admitted any more; those who wait are refused."""
         with self._lock:
             self._closed = True
-            waiting = [exchange for line in self._lines.values() for exchange in line.tickets]
+            waiting = list(self._waiting)
         for exchange in waiting:
             exchange.refuse(shutting_down())
 
@@ -2299,11 +2171,15 @@ class AdmissionQueue:
         """More slots are handed out at once; fewer take effect as requests finish."""
         successors = []
         with self._lock:
+            if config.order != self._config.order:      # all queue up again, in the order they came
+                waiting, self._waiting, self._lines, self._turns = list(self._waiting), {}, {}, []
+            else:
+                waiting = []
             self._config = config
-            in_use = len(self._running) + len(self._granted)
+            for exchange in waiting:
+                self._enqueue(exchange)
             self._slots = threading.BoundedSemaphore(config.max_concurrency)
-            self._excess = max(0, in_use - config.max_concurrency)
-            for _ in range(in_use - self._excess):
+            for _ in range(min(len(self._running), config.max_concurrency)):
                 self._slots.acquire(blocking=False)
             while self._waiting and self._slots.acquire(blocking=False):
                 successors.append(self._grant_next())
@@ -2313,123 +2189,84 @@ class AdmissionQueue:
     def position(self, exchange: Exchange) -> int:
         """The place in the queue, from 1, if nobody else came. Costs the number of clients, not of requests."""
         with self._lock:
-            own = self._lines.get(self._line_name(exchange))
-            if own is None or exchange not in own.tickets:
+            own = self._waiting.get(exchange)
+            if own is None:
                 return 1
-            ahead = next(i for i, other in enumerate(own.tickets) if other is exchange)
-            return 1 + ahead + sum(min(len(line.tickets), ahead + (line.turn < own.turn))
+            ahead = next(i for i, other in enumerate(own.waiting) if other is exchange)
+            return 1 + ahead + sum(min(len(line.waiting), ahead + (line.turn < own.turn))
                                    for line in self._lines.values() if line is not own)
 
     def status(self) -> Dict[str, Any]:
+        clients: Dict[str, Dict[str, int]] = collections.defaultdict(lambda: {'in_flight': 0, 'waiting': 0})
         with self._lock:
-            clients: Dict[str, Dict[str, int]] = {}
-            for exchange in itertools.chain(self._running, self._granted):
-                clients.setdefault(exchange.client, {'in_flight': 0, 'waiting': 0})['in_flight'] += 1
-            for line in self._lines.values():
-                for exchange in line.tickets:
-                    clients.setdefault(exchange.client, {'in_flight': 0, 'waiting': 0})['waiting'] += 1
-            return {'in_flight': len(self._running) + len(self._granted), 'waiting': self._waiting,
-                    'max_concurrency': self._config.max_concurrency, 'max_waiting': self._config.max_waiting,
-                    'bytes': self._bytes, 'clients': clients}
+            for exchange in self._running:
+                clients[exchange.client]['in_flight'] += 1
+            for exchange in self._waiting:
+                clients[exchange.client]['waiting'] += 1
+            return {'in_flight': len(self._running), 'waiting': len(self._waiting), 'max_concurrency': self._config.max_concurrency,
+                    'max_waiting': self._config.max_waiting, 'bytes': self._bytes, 'clients': clients}
 
     # -- under the lock
 
-    def _take(self, exchange: Exchange) -> None:
+    def _grant(self, exchange: Exchange) -> None:
         self._running[exchange] = time.monotonic()
         self._served[exchange.client] = next(self._counter)
         self._served.move_to_end(exchange.client)
         if len(self._served) > self.REMEMBERED:
             self._served.popitem(last=False)
 
-    def _line_name(self, exchange: Exchange) -> str:
-        return exchange.client if self._config.order == 'fair' else ''
-
     def _enqueue(self, exchange: Exchange) -> None:
-        name = self._line_name(exchange)
+        name = exchange.client if self._config.order == 'fair' else ''      # one line for all: strict arrival order
         line = self._lines.get(name)
         if line is None:
-            line = self._lines[name] = _Line(name, (self._served.get(name, 0), next(self._counter)))
-            self._push(line)
-        line.tickets[exchange] = None
-        self._waiting += 1
+            line = self._lines[name] = Line(name, (self._served.get(name, 0), next(self._counter)))
+            bisect.insort(self._turns, (line.turn, name))
+        line.waiting[exchange] = None
+        self._waiting[exchange] = line
 
-    def _push(self, line: _Line) -> None:
-        if len(self._turns) > 2 * len(self._lines) + 16:    # too many abandoned lines
-            self._turns = [(other.turn, other) for other in self._lines.values() if other is not line]
-            heapq.heapify(self._turns)
-        heapq.heappush(self._turns, (line.turn, line))
+    def _leave_line(self, exchange: Exchange) -> None:
+        line = self._waiting.pop(exchange)
+        del line.waiting[exchange]
+        if not line.waiting:
+            del self._lines[line.name], self._turns[bisect.bisect_left(self._turns, (line.turn, line.name))]
 
     def _grant_next(self) -> Exchange:
-        while True:
-            _, line = heapq.heappop(self._turns)
-            if self._lines.get(line.client) is line:
-                break
-        exchange, _ = line.tickets.popitem(last=False)
-        self._waiting -= 1
-        self._granted.add(exchange)
-        if line.tickets:
-            line.turn = (next(self._counter), 0) if line.client else line.turn
-            self._push(line)
-        else:
-            del self._lines[line.client]
-        self._served[exchange.client] = next(self._counter)
+        line = self._lines[self._turns[0][1]]
+        exchange = next(iter(line.waiting))
+        self._leave_line(exchange)
+        self._grant(exchange)
+        if line.waiting and line.name:      # its client has had its turn
+            del self._turns[0]
+            line.turn = (self._served[line.name], 0)
+            bisect.insort(self._turns, (line.turn, line.name))
         return exchange
 
     def _hand_over(self) -> Optional[Exchange]:
-        if self._excess:
-            self._excess -= 1
-            return None
-        if self._waiting:
-            return self._grant_next()
-        self._slots.release()
+        """A slot is free, unless a reload has withdrawn it."""
+        if len(self._running) < self._config.max_concurrency:
+            if self._waiting:
+                return self._grant_next()
+            self._slots.release()
         return None
 
-    def _settle(self, exchange: Exchange, failed: bool) -> None:
-        """Ends a wait: takes the slot, or gives it on where the wait ended otherwise."""
-        successor = None
-        with self._lock:
-            if exchange in self._granted:
-                self._granted.discard(exchange)
-                if failed:
-                    successor = self._hand_over()
-                else:
-                    self._take(exchange)
-            else:
-                self._leave_line(exchange)
-        if successor:
-            successor.wake()
-
-    def _leave_line(self, exchange: Exchange) -> None:
-        for line in [self._lines.get(exchange.client), self._lines.get('')]:    # the order may have been changed meanwhile
-            if line and exchange in line.tickets:
-                del line.tickets[exchange]
-                self._waiting -= 1
-                if not line.tickets:
-                    del self._lines[line.client]
-                return
-
-    def _is_full(self) -> bool:
-        in_use = len(self._running) + len(self._granted)
-        return self._waiting >= self._config.max_waiting and (bool(self._waiting) or in_use >= self._config.max_concurrency)
+    def _check_line(self) -> None:
+        if self._closed:
+            raise shutting_down()
+        if len(self._waiting) >= self._config.max_waiting and len(self._running) >= self._config.max_concurrency:
+            raise self._refusal('queue_full', 'the queue is full: %d requests are waiting' % len(self._waiting))
 
     def _check_bytes(self, count: int) -> None:
         if self._bytes + count > self._config.max_bytes:
-            raise self._full('the queue is full: the request bodies held together would be over queue.max_bytes')
-
-    def _retry_after(self) -> int:
-        expected = self._service_seconds * (self._waiting + 1) / self._config.max_concurrency
-        return max(1, min(60, math.ceil(expected)))
-
-    def _full(self, message: str) -> GatewayError:
-        retry = self._retry_after()
-        return GatewayError('queue_full', '%s; try again in %d s' % (message, retry), retry)
+            raise self._refusal('queue_full', 'the queue is full: the request bodies held together would be over queue.max_bytes')
 
     def _timed_out(self, ready: bool) -> GatewayError:
-        retry = self._retry_after()
-        if not ready:
-            return GatewayError('engine_not_ready', 'the engine did not become ready within %g s; try again in %d s'
-                                % (self._config.wait_timeout, retry), retry)
-        return GatewayError('queue_timeout', 'no slot became free within %g s; try again in %d s' % (self._config.wait_timeout, retry), retry)
+        code, why = (('queue_timeout', 'no slot became free within %g s') if ready else
+                     ('engine_not_ready', 'the engine did not become ready within %g s'))
+        return self._refusal(code, why % self._config.wait_timeout)
+
+    def _refusal(self, code: str, why: str) -> GatewayError:
+        retry = retry_seconds(self._service_seconds * (len(self._waiting) + 1) / self._config.max_concurrency)
+        return GatewayError(code, '%s; try again in %d s' % (why, retry), retry)
 
 
 class RequestBody:
@@ -2448,12 +2285,13 @@ class RequestBody:
         self._held += count
 
     def check(self, announced: int) -> None:
-        self._queue.check_bytes(announced)
+        self._queue.hold_bytes(0, announced)
 
     def release(self) -> None:
         self.data = b''
-        self._queue.drop_bytes(self._held)
-        self._held = 0
+        if self._held:
+            self._queue.drop_bytes(self._held)
+            self._held = 0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2461,38 +2299,34 @@ class RequestBody:
 
 WHOLE_ANSWER = 32 * 1024 ** 2   # bytes; an answer of up to this announced length is passed on when it has arrived whole
 RELAY_AFTER = 0.02              # seconds; the relay is told only of requests that last: telling it wakes a thread
-DONT_WAIT = int(getattr(socket, 'MSG_DONTWAIT', 0))     # not on Windows
 BRIEFLY = 0.004                 # seconds of a stream that its own thread copies, before the relay takes over
-PEEK_NOW = int(socket.MSG_PEEK) | DONT_WAIT
+CONNECT_TIMEOUT = 0.5           # seconds; a wedged engine's backlog is full, and meanwhile nobody sees the client leave
 SMALL_BODY = 65536              # bytes; up to here head and body leave in one call, and fit into a socket's buffer
+PEEK_NOW = int(socket.MSG_PEEK) | DONT_WAIT
 
 # What does not go on to the engine beside the hop-by-hop headers: what is rewritten, what would
 # make llama-server's generation survive its client, and what is between browser and gateway.
 NOT_TO_ENGINE = HOP_BY_HOP | {b'host', b'content-length', b'expect', b'origin', b'x-conversation-id', b'x-request-id'}
 CREDENTIALS = frozenset((b'authorization', b'x-api-key'))
-NOT_TO_CLIENT = HOP_BY_HOP | {b'x-request-id', b'access-control-allow-origin', b'access-control-allow-credentials',
-                              b'access-control-allow-methods', b'access-control-allow-headers', b'access-control-expose-headers',
-                              b'access-control-max-age', b'access-control-allow-private-network'}
+NOT_TO_CLIENT = HOP_BY_HOP | {b'x-request-id'} | {b'access-control-' + name for name in (
+    b'allow-origin', b'allow-credentials', b'allow-methods', b'allow-headers', b'expose-headers', b'max-age', b'allow-private-network')}
+NO_JSON = (b'', b'application/x-www-form-urlencoded')       # content types of a plain `curl -d`
 
 
-def engine_head(head: RequestHead, body_length: int, request_id: str, config: Config) -> bytes:
-    """The head of the request as the engine gets it."""
+def engine_head(head: RequestHead, length: int, request_id: str, keyed: bool, engine: EngineConfig) -> bytes:
+    """The head of the request as the engine gets it; `keyed`: the client's credentials are the gateway's business."""
+    lines = ['%s %s HTTP/1.1' % (head.method, head.target), 'Host: ' + bracketed(*engine.base_url), 'X-Request-Id: ' + request_id]
     dropped = NOT_TO_ENGINE
-    if config.server.api_keys or config.engine.api_key:
+    if engine.api_key:
+        lines.append('Authorization: Bearer ' + engine.api_key)
+    if engine.api_key or keyed:
         dropped = dropped | CREDENTIALS
-    has_body = body_length or head.method == 'POST'
-    as_json = has_body and head.fields.get(b'content-type', b'').split(b';')[0].strip().lower() in (b'', b'application/x-www-form-urlencoded')
-    if as_json:
-        dropped = dropped | {b'content-type'}
-    lines = ['%s %s HTTP/1.1' % (head.method, head.target), 'Host: ' + bracketed(*config.engine.base_url), 'X-Request-Id: ' + request_id]
-    if has_body:
-        lines.append('Content-Length: %d' % body_length)
-    if as_json:
-        lines.append('Content-Type: application/json')
-    if config.engine.api_key:
-        lines.append('Authorization: Bearer ' + config.engine.api_key)
-    passed = passed_on(head.names, head.headers, dropped)
-    return '\r\n'.join(lines).encode() + b'\r\n' + b''.join([line + b'\r\n' for line in passed]) + b'\r\n'
+    if length or head.method == 'POST':
+        lines.append('Content-Length: %d' % length)
+        if head.fields.get(b'content-type', b'').split(b';')[0].strip().lower() in NO_JSON:
+            lines.append('Content-Type: application/json')
+            dropped = dropped | {b'content-type'}
+    return b'\r\n'.join(['\r\n'.join(lines).encode(), *passed_on(head.names, head.headers, dropped), b'', b''])
 
 
 class EngineConnection(http.client.HTTPConnection):
@@ -2501,11 +2335,12 @@ class EngineConnection(http.client.HTTPConnection):
     """
 
     def __init__(self, address: Tuple[str, int], generation: int) -> None:
-        super().__init__(*address, timeout=10)
+        super().__init__(*address, timeout=CONNECT_TIMEOUT)
         self.generation = generation    # of the engine it leads to
         self.parked = 0.0               # since when it is idle, monotonic
         self.buffer = b''               # received and not yet used
-        self.waited = False
+        self.waited = False             # longer than RELAY_AFTER
+        self._refused = False           # what was sent met a socket that the engine had closed
 
     def connect(self) -> None:
         """Raises EngineNotAccepting."""
@@ -2520,10 +2355,8 @@ class EngineConnection(http.client.HTTPConnection):
         """Whether the engine has closed it while it was idle (or sent what nobody asked for)."""
         try:
             self.sock.recv(1, PEEK_NOW)
-        except BlockingIOError:
-            return False
-        except OSError:
-            pass
+        except OSError as error:
+            return not isinstance(error, BlockingIOError)
         return True
 
     def deliver(self, exchange: Exchange, head: bytes, body: Body) -> None:
@@ -2535,44 +2368,44 @@ class EngineConnection(http.client.HTTPConnection):
                 exchange.watch()        # this can block
                 self.send(head)
                 self.send(body)
+        except BrokenPipeError:
+            self._refused = True
         except OSError:
             pass
 
+    def died_idle(self) -> bool:
+        """Whether a kept connection had been closed before the request came: a reset that comes after the end is EPIPE (Linux)."""
+        return bool(self.parked) and not self.buffer and (
+            self._refused or self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.EPIPE)
+
     def receive(self, exchange: Exchange) -> bytes:
         """Some bytes; a wait that lasts puts the client under watch first. Raises OSError, also at end-of-file."""
-        try:
-            data = self.sock.recv(RECV_SIZE)
-        except _WOULD_BLOCK:
-            data = self._receive_late(exchange)
+        while True:
+            try:
+                data = self.sock.recv(RECV_SIZE)
+                break
+            except _WOULD_BLOCK:
+                exchange.watch()
+                self.waited = True
+                patience = exchange.heartbeat() if exchange.heartbeat and exchange.head_sent else math.inf
+                set_socket_timeout(self.sock, socket.SO_RCVTIMEO, patience)
         if not data:
             raise ConnectionResetError('it hung up')
         if exchange.heard:
             exchange.heard()
         return data
 
-    def _receive_late(self, exchange: Exchange) -> bytes:
-        exchange.watch()
-        self.waited = True
-        while True:
-            heartbeat = exchange.heartbeat if exchange.head_sent else None
-            set_socket_timeout(self.sock, socket.SO_RCVTIMEO, heartbeat() if heartbeat else math.inf)
-            try:
-                return self.sock.recv(RECV_SIZE)
-            except _WOULD_BLOCK:
-                continue
-
     def answer_head(self, exchange: Exchange) -> AnswerHead:
         """The head of the answer; what came behind it is in `buffer`. Raises Malformed, OSError."""
         while True:
-            end = self.buffer.find(b'\r\n\r\n')
-            if end >= 0:
-                head = parse_answer_head(self.buffer[:end + 2])
-                self.buffer = self.buffer[end + 4:]
-                if head.status >= 200:
-                    return head
-                if head.status == 101:
+            head, end, rest = self.buffer.partition(b'\r\n\r\n')
+            if end:
+                answer, self.buffer = parse_answer_head(head + b'\r\n'), rest
+                if answer.status == 101:
                     raise Malformed('it switches protocols')
-            elif len(self.buffer) > HEAD_LENGTH:
+                if answer.status >= 200:
+                    return answer
+            elif len(head) > HEAD_LENGTH:
                 raise Malformed('its head is too large')
             else:
                 self.buffer += self.receive(exchange)
@@ -2590,17 +2423,9 @@ class EngineConnection(http.client.HTTPConnection):
         self.buffer = body.excess
         return body.take_payload()
 
-    def make_reusable(self) -> None:
-        if self.waited:
-            self.waited = False
-            set_socket_timeout(self.sock, socket.SO_RCVTIMEO, RELAY_AFTER)
-
 
 class EnginePool:
-    """Kept connections to the engine, the freshest first.
-
-    Few and short: llama-server gives each a worker thread, and closes one after 5 s.
-    """
+    """Kept connections to the engine, the freshest first: few and short, since llama-server gives each a worker, and 5 s."""
 
     KEPT = 8
     SECONDS = 3.0
@@ -2610,20 +2435,22 @@ class EnginePool:
         self._parked: Deque[EngineConnection] = collections.deque()     # its own operations are atomic
 
     def take(self, address: Tuple[str, int], generation: int) -> EngineConnection:
-        while True:
-            try:
+        try:
+            while True:
                 connection = self._parked.pop()
-            except IndexError:
-                return EngineConnection(address, generation)
-            idle = time.monotonic() - connection.parked
-            if connection.generation == generation and idle < self.SECONDS and (idle < self.FRESH or not connection.is_dead()):
-                return connection
-            connection.close()
+                idle = time.monotonic() - connection.parked
+                if connection.generation == generation and idle < self.SECONDS and (idle < self.FRESH or not connection.is_dead()):
+                    return connection
+                connection.close()
+        except IndexError:      # none is left
+            return EngineConnection(address, generation)
 
     def give(self, connection: EngineConnection) -> None:
         if connection.buffer or not DONT_WAIT:     # then nobody could tell later whether it is dead
             return connection.close()
-        connection.make_reusable()
+        if connection.waited:
+            connection.waited = False
+            set_socket_timeout(connection.sock, socket.SO_RCVTIMEO, RELAY_AFTER)
         connection.parked = time.monotonic()
         self._parked.append(connection)
         if len(self._parked) > self.KEPT:
@@ -2632,11 +2459,9 @@ class EnginePool:
     def expire(self, seconds: float) -> None:
         """Closes what has been idle for longer, or is too many."""
         now = time.monotonic()
-        while self._parked and (len(self._parked) > self.KEPT or now - self._parked[0].parked > seconds):
-            try:
+        with contextlib.suppress(IndexError):       # another thread was faster
+            while len(self._parked) > self.KEPT or now - self._parked[0].parked > seconds:
                 self._parked.popleft().close()
-            except IndexError:
-                return
 
 
 class EngineAnswer:
@@ -2664,6 +2489,9 @@ class EngineAnswer:
         return BodyUntilClose(collect) if self.length is None else BodyByLength(self.length, collect)
 
 
+Ask = Callable[[int], EngineAnswer]     # asks the engine of this generation once
+
+
 class Upstream:
     """The engine's side of a request: a try, and the second try."""
 
@@ -2673,12 +2501,15 @@ class Upstream:
         self.pool = EnginePool()
 
     @contextlib.contextmanager
-    def answer(self, exchange: Exchange, head: RequestHead, body: RequestBody, config: Config, deadline: Deadline) -> Iterator[EngineAnswer]:
+    def answer(self, exchange: Exchange, head: RequestHead, body: RequestBody, config: Config,
+               deadline: Deadline) -> Iterator[EngineAnswer]:
         """Yields the engine's answer: the commit point. Up to there a try that breaks is followed by a second one.
 
         A whole answer has left the engine by then. Raises GatewayError: 502 when it broke twice, 503 and 429 at the deadline.
         """
-        answer = self._obtain(exchange, head, body, config, deadline)
+        answer = self._first_or_second(
+            exchange, functools.partial(self._ask, exchange, head, body.data, bool(config.server.api_keys)), deadline,
+            config.queue.wait_timeout, TryKind.FIRST if head.method == 'POST' else TryKind.LIGHT)
         body.release()      # it will not be sent again
         if answer.whole is not None:
             self._part(exchange, answer)
@@ -2691,52 +2522,62 @@ class Upstream:
     def _part(self, exchange: Exchange, answer: EngineAnswer) -> None:
         """The engine is done with it."""
         exchange.detach()
-        if answer.reusable:
+        if answer.reusable and not (exchange.gone or exchange.cut):     # else it may have been shut meanwhile
             self.pool.give(answer.connection)
         else:
             answer.connection.close()
         self._gate.leave(exchange)
 
-    def _obtain(self, exchange: Exchange, head: RequestHead, body: RequestBody, config: Config, deadline: Deadline) -> EngineAnswer:
-        kind = TryKind.FIRST if head.method == 'POST' else TryKind.LIGHT
-        message = engine_head(head, len(body.data), exchange.id, config)
+    def _first_or_second(self, exchange: Exchange, ask: Ask, deadline: Deadline, patience: float, kind: TryKind) -> EngineAnswer:
         try:
-            while True:
-                generation = self._gate.enter(exchange, deadline, kind, self._watchdog.not_ready)
-                if kind is not TryKind.SECOND:
-                    exchange.queue_seconds = time.monotonic() - exchange.arrived
-                try:
-                    return self._try(exchange, head.method, message, body.data, config, generation)
-                except EngineNotAccepting:      # it never had the request: this was no try
-                    self._gate.leave(exchange)
-                    if deadline.expired:
-                        raise self._watchdog.not_ready() from None
-                    self._gate.await_death(exchange, generation)
-                except EngineBroke as error:
-                    self._gate.leave(exchange)
-                    self._may_try_again(exchange, kind, error)
-                    kind = TryKind.SECOND
-                    self._gate.queue_replay(exchange)
-                    self._gate.await_death(exchange, generation)
-                    self._gate.replay_turn(exchange)
-                    deadline = Deadline(config.queue.wait_timeout)
-                except BaseException:
-                    self._gate.leave(exchange)
-                    raise
-        finally:
-            if kind is TryKind.SECOND:
-                self._gate.end_replay(exchange)
+            return self._try(exchange, ask, deadline, kind)
+        except EngineBroke as error:
+            self._note_broken(exchange, 1, error)
+        with self._gate.second_try(exchange):
+            try:
+                return self._try(exchange, ask, Deadline(patience), TryKind.SECOND)
+            except EngineBroke as error:
+                self._note_broken(exchange, 2, error)
+                self._gate.await_death(exchange)        # so that the next one does not meet the same dying engine
+                raise GatewayError('engine_failed', 'the engine failed on this request twice (%s)' % error) from None
 
-    def _may_try_again(self, exchange: Exchange, kind: TryKind, error: EngineBroke) -> None:
+    @staticmethod
+    def _note_broken(exchange: Exchange, attempt: int, error: EngineBroke) -> None:
         if exchange.cut == 'shutting_down':
             raise shutting_down() from None
-        log.warn('the engine broke a request', id=exchange.id, attempt=2 if kind is TryKind.SECOND else 1, error=str(error))
-        if kind is TryKind.SECOND:
-            raise GatewayError('engine_failed', 'the engine failed on this request twice (%s); it was not tried again' % error) from None
+        log.warn('the engine broke a request', id=exchange.id, attempt=attempt, error=str(error))
 
-    def _try(self, exchange: Exchange, method: str, message: bytes, body: Body, config: Config, generation: int) -> EngineAnswer:
-        exchange.heard = self._watchdog.heard_answer if config.engine.hang_timeout else None
-        connection = self.pool.take(config.engine.base_url, generation)
+    def _try(self, exchange: Exchange, ask: Ask, deadline: Deadline, kind: TryKind) -> EngineAnswer:
+        """One try, as soon as it may start. Raises EngineBroke, and what `TryGate.enter` raises."""
+        while True:
+            try:
+                generation = self._gate.enter(exchange, deadline, kind)
+            finally:
+                if kind is not TryKind.SECOND:
+                    exchange.queue_seconds = time.monotonic() - exchange.arrived
+            try:
+                return ask(generation)
+            except EngineNotAccepting:      # it never had the request: this was no try
+                if deadline.expired:
+                    raise self._gate.not_ready() from None
+                self._gate.await_death(exchange)
+
+    def _ask(self, exchange: Exchange, head: RequestHead, body: Body, keyed: bool, generation: int) -> EngineAnswer:
+        engine = self._watchdog.config      # not the request's own: a reload may have moved the engine while it waited
+        exchange.heard = self._watchdog.heard_answer if engine.hang_timeout else None
+        message = engine_head(head, len(body), exchange.id, keyed, engine)
+        try:
+            while True:
+                with contextlib.suppress(DiedIdle):
+                    return self._ask_on(self.pool.take(engine.base_url, generation), exchange, head.method, message, body)
+        except BaseException:
+            self._gate.leave(exchange)
+            if exchange.gone:
+                raise ClientGone from None
+            raise
+
+    @staticmethod
+    def _ask_on(connection: EngineConnection, exchange: Exchange, method: str, message: bytes, body: Body) -> EngineAnswer:
         try:
             if connection.sock is None:
                 connection.connect()
@@ -2745,11 +2586,10 @@ class Upstream:
             return EngineAnswer(connection, exchange, method)
         except BaseException as error:
             exchange.detach()
+            died_idle = connection.died_idle() and not exchange.cut
             connection.close()
-            if exchange.gone:
-                raise ClientGone from None
             if isinstance(error, (OSError, Malformed)):
-                raise EngineBroke(str(error) or type(error).__name__) from None
+                raise (DiedIdle if died_idle else EngineBroke)(str(error) or type(error).__name__) from None
             raise
 
 
@@ -3170,7 +3010,7 @@ class RequestReader:
     def __init__(self, connection: ClientConnection) -> None:
         self._connection = connection
 
-    def _receive(self, deadline: Deadline) -> Any:
+    def _receive(self, deadline: Deadline) -> bytes:
         """Some bytes. Raises GatewayError (408), and ClientGone at end-of-file."""
         try:
             data = self._connection.receive(deadline)
@@ -3221,7 +3061,7 @@ class RequestReader:
             body.data, connection.buffer = connection.buffer[:head.length], connection.buffer[head.length:]
             return
         if head.expects and head.version11:
-            connection.send(b'HTTP/1.1 100 Continue\r\n\r\n')
+            connection.send(b'HTTP/1.1 100 Continue\r\n\r\n', server.write_timeout)
         follower = ChunkedBody(collect=True) if head.chunked else BodyByLength(head.length, collect=True)
         body.data = whole = bytearray()
         while not follower.done:
@@ -3612,6 +3452,9 @@ class Answering(socketserver.BaseRequestHandler):
         log.event(DEBUG if exchange.path in OWN_PATHS[1:] else INFO, 'request', fields)
 
 
+HELD_OUTSIDE = 1024 ** 2     # bytes; an answer up to here gives its slot on before its client has taken it: slow clients shall not pile up more
+
+
 class GatewayHandler(Answering):
     """A client's connection: request after request, each from its head to its log line."""
 
@@ -3730,7 +3573,10 @@ class GatewayHandler(Answering):
         if config.queue.heartbeat and WANTS_STREAM.search(self.body.data):
             self.next_beat = Deadline(config.queue.heartbeat)
             exchange.heartbeat = self.beat
-        queue.admit(exchange, deadline, lambda: self.gateway.watchdog.ready)
+        try:
+            queue.admit(exchange, deadline, lambda: self.gateway.watchdog.ready)
+        finally:
+            exchange.queue_seconds = time.monotonic() - exchange.arrived
         try:
             self._exchange(exchange, deadline)
         finally:
@@ -3741,7 +3587,7 @@ class GatewayHandler(Answering):
             # ---- the commit point ----
             exchange.well_answered = answer.head.status < 400
             exchange.outcome = 'ok' if answer.head.status < 500 else 'failed'
-            if answer.whole is not None:
+            if answer.whole is not None and len(answer.whole) <= HELD_OUTSIDE:
                 self.gateway.queue.release(exchange)        # the engine is free: the next one need not wait for this client
             if answer.whole is None:
                 text = self._pass_stream(exchange, answer)
