@@ -3619,8 +3619,7 @@ class GatewayHandler(Answering):
         data = b'' if exchange.head_sent else self._forwarded_head(answer.head, lines)
         first, answer.connection.buffer = answer.connection.buffer, b''
         exchange.send(data + (stream.advance(first) if first else b''))
-        if not answer.connection.waited:
-            self._copy_briefly(stream)
+        self._copy_briefly(stream)
         if not stream.ending:
             self._relay(stream)
         result = stream.result or stream.ending
@@ -3643,11 +3642,11 @@ class GatewayHandler(Answering):
 
     @staticmethod
     def _copy_briefly(stream: Stream) -> None:
-        """A stream that is over at once wakes no other thread: half of its time to the first token was that of its predecessor's end."""
+        """As long as more is there at once: a stream that is over soon wakes no other thread."""
         until = Deadline(BRIEFLY)
-        while not stream.ending and not until.expired:
+        while DONT_WAIT and not stream.ending and not until.expired:
             try:
-                data = stream.engine.recv(RECV_SIZE)
+                data = stream.engine.recv(RECV_SIZE, DONT_WAIT)
             except _WOULD_BLOCK:
                 return
             except OSError:
