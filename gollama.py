@@ -1658,7 +1658,8 @@ class ClientConnection:
         self.address = address
         self.buffer = b''
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        set_socket_timeout(sock, socket.SO_SNDTIMEO, server.write_timeout)
+        if not DONT_WAIT:
+            set_socket_timeout(sock, socket.SO_SNDTIMEO, server.write_timeout)
         self._usual = 0.9 * min(server.idle_timeout, server.read_timeout)   # a little less, so that a request costs no setsockopt
         self._patience = 0.0        # what SO_RCVTIMEO is set to
 
