@@ -20,20 +20,24 @@ The map. A section uses only what stands above it:
     Admission       the queue: slots, order, the budget for request bodies
     Forwarding      a try on the engine's side of a request, and the second try
     Metrics         counters, histograms, the recent requests
-    HTTP front      the listener, reading, rules of admission, routes, answering
     Status page     one HTML string
+    HTTP front      reading, rules of admission, the listener, answering
     Demo engine     a small stand-in for llama-server, run as a child process
-    Gateway         the whole: start, signals, reload, stop; the command line
+    Gateway         the whole: start, signals, reload, stop
+    Command line    options, exit codes
 
 Threads: main (waits for signals), accept (the listener), one a client connection (heads,
-waiting, whole answers), the relay (one selector: watches the clients of requests that last,
-copies all streams), the watchdog, and for each engine an output pump and a reaper.
+waiting, whole answers, the first milliseconds of a stream), the relay (one selector: watches
+the clients of requests that last, copies streams), the watchdog, and for each engine an output
+pump and a reaper.
 
-The journey of a request, `GatewayHandler._forward`:
+The journey of a request, `GatewayHandler._respond` and `_forward`:
 
-    read the head and the whole body            400 408 413
-    admission queue: wait for a slot            429; the client may leave
-    watchdog: wait until a try may start        503; the client may leave
+    read the head                               400 408 414 431
+    may it?                                     403 401 404 405 503
+    read the whole body                         400 408 413 429
+    AdmissionQueue.admit: wait for a slot       429; the client may leave
+    TryGate.enter: wait until a try may start   503 429; the client may leave
     send it to the engine, read the answer      engine died unheard: once more, alone
     ---- the commit point: the first byte of the answer leaves for the client ----
     the rest follows, whole or copied by the relay
@@ -41,12 +45,12 @@ The journey of a request, `GatewayHandler._forward`:
 Before the commit point every fault is a JSON error or a second try. After it the only honest
 signals are an error event and a missing final chunk: a truncated answer never looks whole.
 
-The engine's states are in `TRANSITIONS`; `Watchdog._change_state` is their only writer.
+The engine's states are in `TRANSITIONS`; `Watchdog._change_state` is the only one to change them.
 
-Locks (none is held during I/O, while logging, or while calling into another part, so there
-is no order among them): EngineProcess._signal_lock, TryGate._lock, Exchange._lock,
-AdmissionQueue._lock, EnginePool (a deque, no lock), Metrics._lock, Connections._lock. The
-relay's own state belongs to its thread; others post to its mailbox.
+Locks: LogFile._lock, EngineProcess._signal_lock, TryGate._lock, Exchange._lock,
+AdmissionQueue._lock, Metrics._lock, Connections._lock. Each guards the fields named beside it;
+none is held during anything that can wait, nor while another one is taken, so there is no order
+among them. The relay's own state belongs to its thread; others post to its mailbox.
 """
 from __future__ import annotations
 
@@ -140,6 +144,8 @@ class ClientGone(Exception):
 
 class EngineBroke(Exception):
     """The engine died, hung up or answered garbage before a byte of its answer was passed on."""
+
+    hung_up = False     # it may be about to die
 
 
 class EngineNotAccepting(Exception):
@@ -1014,12 +1020,13 @@ class TryGate:
         self._wait(exchange, Deadline(self.DEATH_SHOWS_WITHIN), lambda: not self.is_open or self.generation != generation)
 
     @contextlib.contextmanager
-    def second_try(self, exchange: Waiter) -> Iterator[None]:
+    def second_try(self, exchange: Waiter, dying: bool) -> Iterator[None]:
         """Waits for its turn; until the end of the block no first try of a POST starts. Those before it have deadlines of their own."""
         with self._lock:
             self._replays.append(exchange)
         try:
-            self.await_death(exchange)
+            if dying:
+                self.await_death(exchange)
             self._wait(exchange, Deadline(math.inf), lambda: self._replays[0] is exchange or self._closed)
             yield
         finally:
@@ -2534,12 +2541,14 @@ class Upstream:
             return self._try(exchange, ask, deadline, kind)
         except EngineBroke as error:
             self._note_broken(exchange, 1, error)
-        with self._gate.second_try(exchange):
+            dying = error.hung_up
+        with self._gate.second_try(exchange, dying):
             try:
                 return self._try(exchange, ask, Deadline(patience), TryKind.SECOND)
             except EngineBroke as error:
                 self._note_broken(exchange, 2, error)
-                self._gate.await_death(exchange)        # so that the next one does not meet the same dying engine
+                if error.hung_up:
+                    self._gate.await_death(exchange)        # so that the next one does not meet the same dying engine
                 raise GatewayError('engine_failed', 'the engine failed on this request twice (%s)' % error) from None
 
     @staticmethod
@@ -2589,8 +2598,12 @@ class Upstream:
             exchange.detach()
             died_idle = connection.died_idle() and not exchange.cut
             connection.close()
+            if died_idle and isinstance(error, OSError):
+                raise DiedIdle from None
             if isinstance(error, (OSError, Malformed)):
-                raise (DiedIdle if died_idle else EngineBroke)(str(error) or type(error).__name__) from None
+                broke = EngineBroke(str(error) or type(error).__name__)
+                broke.hung_up = isinstance(error, OSError)
+                raise broke from None
             raise
 
 
@@ -4076,10 +4089,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     warnings = ['warning: ' + warning for warning in config_warnings(config)]
     say('\n'.join(['the configuration is good; the engine would be started as', '  ' + masked(command), *warnings]))
     return 0
-
-
-if __name__ == '__main__':
-    sys.exit(main())
 
 
 if __name__ == '__main__':
