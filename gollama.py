@@ -48,7 +48,7 @@ signals are an error event and a missing final chunk: a truncated answer never l
 The engine's states are in `TRANSITIONS`; `Watchdog._change_state` is the only one to change them.
 
 Locks: LogFile._lock, EngineProcess._signal_lock, TryGate._lock, Exchange._lock,
-AdmissionQueue._lock, Metrics._lock, Connections._lock. Each guards the fields named beside it;
+AdmissionQueue._lock, Metrics._lock, Connections._lock, Notifier._order. Each guards the fields named beside it;
 none is held during anything that can wait, nor while another one is taken, so there is no order
 among them. The relay's own state belongs to its thread; others post to its mailbox.
 """
@@ -924,7 +924,7 @@ TRANSITIONS: Mapping[EngineState, Set[EngineState]] = {
     EngineState.STARTING: {EngineState.READY, EngineState.DIED, EngineState.STOPPING},
     EngineState.READY: {EngineState.DIED, EngineState.HUNG, EngineState.STOPPING},
     EngineState.DIED: {EngineState.BACKOFF, EngineState.STOPPING},
-    EngineState.HUNG: {EngineState.BACKOFF, EngineState.STOPPING},
+    EngineState.HUNG: {EngineState.BACKOFF},
     EngineState.BACKOFF: {EngineState.STARTING, EngineState.STOPPING},
     EngineState.STOPPING: {EngineState.STARTING}}       # only for a reload
 
@@ -1020,7 +1020,7 @@ class TryGate:
         self._wait(exchange, Deadline(self.DEATH_SHOWS_WITHIN), lambda: not self.is_open or self.generation != generation)
 
     @contextlib.contextmanager
-    def second_try(self, exchange: Waiter, dying: bool) -> Iterator[None]:
+    def second_try(self, exchange: Waiter, dying: bool = True) -> Iterator[None]:
         """Waits for its turn; until the end of the block no first try of a POST starts. Those before it have deadlines of their own."""
         with self._lock:
             self._replays.append(exchange)
@@ -3800,6 +3800,7 @@ class Notifier:
 
     def __init__(self) -> None:
         self._address = re.sub('^@', '\0', os.environ.get('NOTIFY_SOCKET', ''))
+        self._order = threading.Lock()      # held while telling: no RELOADING=1 before the first READY=1, nor lost after it
         self._was_ready = False
         self._extended = -math.inf      # when more time to start was asked for, monotonic
 
@@ -3813,8 +3814,9 @@ class Notifier:
             log.warn('systemd cannot be told', error=str(error))
 
     def ready(self) -> None:
-        self.tell(*([] if self._was_ready else ['READY=1']), 'STATUS=ready')
-        self._was_ready = True
+        with self._order:
+            self.tell(*([] if self._was_ready else ['READY=1']), 'STATUS=ready')
+            self._was_ready = True
 
     def sign_of_life(self, start_timeout: float) -> None:
         """While it starts for the first time: as long again as the engine may be silent."""
@@ -3823,9 +3825,10 @@ class Notifier:
             self.tell('EXTEND_TIMEOUT_USEC=%d' % ((min(start_timeout, 86400) + 15) * 1e6), 'STATUS=the engine is loading')
 
     def reloaded(self) -> None:
-        if self._was_ready:
-            self.tell('RELOADING=1', 'MONOTONIC_USEC=%d' % (time.monotonic() * 1e6))
-            self.tell('READY=1', 'STATUS=reloaded')
+        with self._order:
+            if self._was_ready:
+                self.tell('RELOADING=1', 'MONOTONIC_USEC=%d' % (time.monotonic() * 1e6))
+                self.tell('READY=1', 'STATUS=reloaded')
 
 
 class Mailbox:

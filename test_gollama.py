@@ -19,7 +19,6 @@ import contextlib
 import dataclasses
 import faulthandler
 import functools
-import gzip
 import hashlib
 import html.parser
 import http.client
@@ -48,8 +47,9 @@ import tempfile
 import textwrap
 import threading
 import time
-import traceback
+import types
 import unittest
+import unittest.mock
 import urllib.parse
 from typing import Any, Callable, Iterator, Sequence
 
@@ -318,6 +318,7 @@ class FixtureEngine:
             import subprocess
             child = subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(60)'],
                                      start_new_session=options.escape_grandchild)
+            self.grandchild = child         # kept: one that is forgotten while it runs is a ResourceWarning
             self.reporter.tell('grandchild', pid=child.pid)
         if options.flood:
             for _ in range(24):
@@ -1289,6 +1290,970 @@ def write_tiny_model(path, embedding_length=64, block_count=2, context=4096):
 
 
 # ---------------------------------------------------------------------------------------------------
+
+SHARES = 3      # processes that run the tests side by side: they wait more than they compute
+
+
+def run_tests(argv, share=None):
+    """unittest's runner; with a share, only on these classes of the module."""
+    faulthandler.dump_traceback_later(600, exit=True)           # instead of a silent hang
+    module = sys.modules['__main__']
+    if share is not None:
+        classes = [value for value in vars(module).values()
+                   if isinstance(value, type) and issubclass(value, unittest.TestCase) and value is not GatewayCase]
+        argv = [cls.__name__ for cls in classes[share::SHARES]]
+    try:
+        result = unittest.main(module='__main__', argv=[sys.argv[0], *argv], exit=False).result
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    for reason in sorted({reason for _, reason in result.skipped}):
+        print('skipped:', reason, file=sys.stderr)
+    return 0 if result.wasSuccessful() else 1
+
+
+def run_shares():
+    """All tests, in a few processes; their output one after the other, and one ending for all."""
+    began = time.monotonic()
+    flags = ['-X', 'dev'] * sys.flags.dev_mode + ['-W' + option for option in sys.warnoptions]
+    with contextlib.ExitStack() as stack:
+        outputs = [stack.enter_context(tempfile.TemporaryFile('w+')) for _ in range(SHARES)]
+        workers = [stack.enter_context(subprocess.Popen([sys.executable, *flags, __file__, 'share', str(number)],
+                                                        stdout=output, stderr=subprocess.STDOUT))
+                   for number, output in enumerate(outputs)]
+        codes = [worker.wait() for worker in workers]
+        text = ''.join(output.seek(0) and '' or output.read() for output in outputs)
+    print(text)
+    sums = {word: sum(map(int, re.findall(r'^(?:OK|FAILED) \(.*?\b%s=(\d+)' % word, text, re.M)))
+            for word in ('failures', 'errors', 'skipped')}
+    ran = [int(count) for count in re.findall(r'^Ran (\d+) tests? in ', text, re.M)]
+    sums['errors'] += SHARES - len(ran)         # a process that did not come to its end
+    good = not any(codes) and not sums['failures'] and not sums['errors']
+    print('Ran %d tests in %.3fs\n\n%s' % (sum(ran), time.monotonic() - began, 'OK' if good else 'FAILED'), end='')
+    found = ', '.join('%s=%d' % item for item in sums.items() if item[1])
+    print(' (%s)' % found if found else '')
+    return 0 if good else 1
+
+
+# ---------------------------------------------------------------------------------------
+# The parts in process: no gateway, no engine
+# ---------------------------------------------------------------------------------------
+
+class UnitClock:
+    """Stands in for the module `time` within gollama: it moves only when it is told to."""
+
+    def __init__(self, now=1000.0):
+        self.now = now
+
+    def monotonic(self):
+        return self.now
+
+
+def unit_clock(test) -> UnitClock:
+    """From now to the end of the test, gollama's clock."""
+    clock = UnitClock()
+    patch = unittest.mock.patch.object(gollama, 'time', clock)
+    patch.start()
+    test.addCleanup(patch.stop)
+    return clock
+
+
+def unit_config(**sections):
+    """A whole configuration from a few keys."""
+    return gollama.parse_config(merged({'engine': {'bin': sys.executable}}, sections))
+
+
+def unit_exchange(client='a'):
+    """A real exchange of that client, with nobody to watch it."""
+    relay = types.SimpleNamespace(post=lambda *args, **options: None, watch=None, unwatch=None)
+    return gollama.Exchange(types.SimpleNamespace(address=client), relay, 'id')
+
+
+class UnitCase(unittest.TestCase):
+    """A test with threads: whatever they raise is kept, none is left."""
+
+    def run_in_thread(self, function, *args):
+        """A future of its result."""
+        future = concurrent.futures.Future()
+
+        def run():
+            try:
+                future.set_result(function(*args))
+            except BaseException as error:
+                future.set_exception(error)
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        self.addCleanup(thread.join, LIMIT)
+        return future
+
+    def assert_refused(self, code, function, *args):
+        with self.assertRaises(gollama.GatewayError) as caught:
+            function(*args)
+        self.assertEqual(caught.exception.code, code)
+
+    def impatient(self):
+        """Threads take turns often, so that races are met."""
+        self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(1e-5)
+
+
+class UnitParserTests(unittest.TestCase):
+
+    def assert_values(self, parse, good, bad):
+        for value, expected in good:
+            with self.subTest(value=value):
+                self.assertEqual(parse(value), expected)
+        for value in bad:
+            with self.subTest(value=value), self.assertRaises(ValueError) as caught:
+                parse(value)
+            self.assertTrue(str(caught.exception), value)
+
+    NOTHING = (None, True, False, [], {}, '')
+
+    def test_durations_are_go_s_or_seconds(self):
+        good = [('500ms', 0.5), ('30s', 30), ('1m30s', 90), ('2h', 7200), ('1h0m0.5s', 3600.5), ('.5s', 0.5), ('1.s', 1), ('0', 0),
+                ('0s', 0), ('1us', 1e-6), ('1µs', 1e-6), ('1ns', 1e-9), (0, 0), (2, 2), (0.25, 0.25)]
+        bad = [*self.NOTHING, '30', 's', '-1s', '+1s', '1 s', ' 1s', '1s ', '1d', '1e3s', '1S', 'inf', -1, -0.5, float('nan'), float('inf'),
+               '1s\n', '.s', '٣s']
+        self.assert_values(gollama.parse_duration, good, bad)
+        self.assertLess(gollama.parse_duration('9' * 300 + 'h'), float('inf'))
+
+    def test_limits_that_are_zero_or_longer_than_a_timer_runs_are_none(self):
+        endless = float('inf')
+        self.assert_values(gollama.parse_limit, [('0s', endless), (0, endless), ('1000h', endless), (1e300, endless), ('1ms', 0.001),
+                                                 ('500h', 500 * 3600)], [None, '', -1])
+
+    def test_sizes_are_bytes_or_have_a_unit_of_1024(self):
+        good = [(1, 1), ('1', 1), ('64MB', 64 << 20), ('64 MB', 64 << 20), ('64mb', 64 << 20), ('1.5KB', 1536), ('2GB', 2 << 30), ('10B', 10)]
+        bad = [*self.NOTHING, 0, -1, 1.5, '0', '-1MB', '1TB', 'MB', '1  MB', '1MB ', '1e3', '٣MB', '9' * 16]
+        self.assert_values(gollama.parse_size, good, bad)
+
+    def test_addresses_are_host_and_port(self):
+        self.assert_values(
+            gollama.parse_addr, [(':8081', ('', 8081)), ('127.0.0.1:0', ('127.0.0.1', 0)), ('[::1]:80', ('::1', 80)), ('a.b:65535', ('a.b', 65535))],
+            [*self.NOTHING, 8081, '8081', 'a:', 'a:65536', '::1:80', 'http://a:80', 'a:80/', 'a b:80', ':-1', ':٣'])
+        self.assert_values(
+            gollama.parse_base_url, [('http://a:8080', ('a', 8080)), ('http://a', ('a', 80)), ('http://[::1]:81/', ('::1', 81))],
+            [*self.NOTHING, 'a:80', 'https://a', 'http://', 'http://a:0', 'http://a:65536', 'http://a/v1', 'http://u@a', 'http://a?b'])
+
+    def test_lists_are_of_strings_of_one_form(self):
+        self.assert_values(gollama.parse_origins, [([], ()), (['*'], ('*',)), (['HTTPS://Chat.example:1'], ('https://chat.example:1',))],
+                           [None, 'x', ['chat.example'], ['https://a/'], [1], ['https://a', '']])
+        self.assert_values(gollama.parse_prefixes, [(['/'], ('/',)), (['/v1/', '/x'], ('/v1/', '/x'))],
+                           [None, '/v1/', ['v1/'], ['/../'], ['/a/..'], ['/a?b'], ['/a%20'], ['/a b'], ['/\\'], [None]])
+        self.assert_values(gollama.parse_args, [([], ()), (['-m', '~/x', '~'], ('-m', os.path.expanduser('~/x'), '~'))],
+                           [None, '-m', [1], ['a\0'], [['a']]])
+
+    def test_secrets_are_told_apart_and_never_shown(self):
+        self.assertEqual(gollama.parse_api_keys({'alice': 'one two', '_comment': 1}), {'alice': 'one two'})
+        for bad in ({'alice': ''}, {'alice': ' s3cret'}, {'alice': 's3cret\n'}, {'alice': 's3cré'}, {'alice': 's3cret', 'bob': 's3cret'},
+                    {' ': 's3cret'}, {'alice': 1}, ['s3cret'], 's3cret'):
+            with self.subTest(bad=bad), self.assertRaises(ValueError) as caught:
+                gollama.parse_api_keys(bad)
+            self.assertNotIn('s3cr', str(caught.exception))
+
+    def test_the_others_take_what_they_say(self):
+        self.assert_values(gollama.parse_count, [(1, 1), (10 ** 9, 10 ** 9)], [*self.NOTHING, 0, -1, 1.0, '1'])
+        self.assert_values(gollama.parse_count_or_0, [(0, 0), (1, 1)], [*self.NOTHING, -1, 0.0, '0'])
+        self.assert_values(gollama.parse_positive, [(2, 2), (0.1, 0.1)], [*self.NOTHING, 0, -1, float('nan'), float('inf'), '2'])
+        self.assert_values(gollama.parse_order, [('fair', 'fair'), ('fifo', 'fifo')], [*self.NOTHING, 'lifo', 'FAIR'])
+        self.assert_values(gollama.parse_level, [('debug', 'debug'), ('warn', 'warn')], [*self.NOTHING, 'INFO', 'warning', 2])
+        self.assert_values(gollama.parse_env, [({'A': '1', 'B': None}, {'A': '1', 'B': None})], [None, [], {'A': 1}, {'': '1'}, {'A=': '1'}, {'A': '\0'}])
+        self.assert_values(gollama.parse_health_path, [('', ''), ('/health', '/health')], [None, 'health', '/a b', 1])
+        self.assert_values(gollama.parse_engine_key, [(None, None), ('abc', 'abc')], ['', ' a', 'a\n', 1])
+        for bad in ('(', 1, None, 'a{99999999999}'):
+            self.assertRaises(ValueError, gollama.parse_pattern, bad)
+
+    def test_every_default_passes_its_own_parser(self):
+        for key in gollama.CONFIG_KEYS:
+            if key.path != 'engine.bin':
+                with self.subTest(key=key.path):
+                    key.parse(key.default)
+
+
+class UnitLogfmtTests(unittest.TestCase):
+
+    def test_values_are_quoted_where_they_are_no_plain_word(self):
+        for value, written in (('word', 'word'), ('a/b:c,{d}', 'a/b:c,{d}'), ('', '""'), ('two words', '"two words"'), ('a=b', '"a=b"'),
+                               ('a"b', r'"a\"b"'), ('a\\b', 'a\\b'), ('a \\b', r'"a \\b"'), ('a\nb\r\t', r'"a\nb\r\t"'), ('\x1b[31m', r'"\x1b[31m"'),
+                               ('café', '"café"'), ('\u2028', r'"\u2028"'), ('\U000e0001', r'"\U000e0001"'), ('\x7f', r'"\x7f"'),
+                               (None, 'null'), (12, '12'), (1.5, '1.5'), (True, 'True')):
+            with self.subTest(value=value):
+                self.assertEqual(gollama.logfmt({'v': value}), 'v=' + written)
+
+    def test_whatever_comes_is_one_line_and_comes_back(self):
+        dice = random.Random(5)
+        alphabet = string.printable + '\x00\x1b\x7f\x85\xa0é\u2028\u202e\ufeff😀\U000e0001'
+        for _ in range(300):
+            fields = {'a': ''.join(dice.choice(alphabet) for _ in range(dice.randrange(12))), 'b': 'x'}
+            line = gollama.logfmt(fields)
+            self.assertEqual(len(line.splitlines()), 1, line)
+            self.assertEqual(parse_logfmt(line), fields)
+
+
+class UnitLogFileTests(UnitCase):
+
+    def setUp(self):
+        self.directory = pathlib.Path(tempfile.mkdtemp(prefix='gollama-test-'))
+        self.addCleanup(shutil.rmtree, str(self.directory), True)
+        self.path = self.directory / 'a.log'
+
+    def log_file(self, max_bytes=1e9, max_age=1e9):
+        file = gollama.LogFile()
+        self.addCleanup(os.close, file._fd)
+        file.open(str(self.path), max_bytes, max_age)
+        return file
+
+    def rotated(self):
+        return sorted(path for path in self.directory.iterdir() if re.fullmatch(r'a-\d{8}T\d{6}\.\d{6}\.log', path.name))
+
+    def test_a_full_file_is_put_beside_and_no_line_is_lost(self):
+        file = self.log_file(max_bytes=100)
+        lines = [b'%039d\n' % number for number in range(10)]
+        for line in lines:
+            file.write(line)
+        self.assertEqual([path.stat().st_size for path in self.rotated() + [self.path]], [80] * 5)
+        self.assertEqual(b''.join(path.read_bytes() for path in self.rotated() + [self.path]), b''.join(lines))
+
+    def test_what_was_rotated_long_ago_is_deleted_and_nothing_else(self):
+        names = ['a-20200101T000000.log', 'a-20200101T000000.000001.log', 'a-copy.log', 'b-20200101T000000.log', 'a-20200101T000000.txt']
+        for name in names:
+            (self.directory / name).write_bytes(b'x')
+            os.utime(str(self.directory / name), (0, 0))
+        (self.directory / 'a-20210101T000000.log').write_bytes(b'x')       # young, by its own time
+        self.log_file(max_age=3600)
+        self.assertEqual({path.name for path in self.directory.iterdir()}, {'a.log', 'a-20210101T000000.log', *names[2:]})
+
+    def test_a_file_that_cannot_be_opened_changes_nothing(self):
+        file = self.log_file()
+        with self.assertRaises(OSError):
+            file.open(str(self.directory / 'not there' / 'a.log'), 10, 10)
+        file.write(b'one\n')
+        self.assertEqual(self.path.read_bytes(), b'one\n')
+
+    def test_its_descriptor_keeps_its_number_and_is_inherited_by_nobody(self):
+        file = self.log_file(max_bytes=10)
+        number = file._fd
+        for _ in range(5):
+            file.write(b'123456789\n')
+            file.open(str(self.path), 10, 1e9)
+            self.assertEqual(file._fd, number)
+            self.assertFalse(os.get_inheritable(number))
+
+    def test_a_moved_file_is_left_by_opening_anew(self):
+        file = self.log_file()
+        file.write(b'one\n')
+        self.path.rename(self.directory / 'moved')
+        file.write(b'two\n')
+        file.open(str(self.path), 1e9, 1e9)
+        file.write(b'three\n')
+        self.assertEqual(((self.directory / 'moved').read_bytes(), self.path.read_bytes()), (b'one\ntwo\n', b'three\n'))
+
+    def test_who_writes_while_it_is_reopened_never_writes_elsewhere(self):
+        self.impatient()
+        over = threading.Event()
+        log, paths = gollama.Log(), [self.path, self.directory / 'b.log']
+        configs = [unit_config(logger={'log-path': str(path)}).logger for path in paths]
+
+        def write():
+            for count in itertools.count(1):
+                log.info('line', count=count)
+                if over.is_set():
+                    return count
+        with unittest.mock.patch.object(sys, 'stderr', None):       # else it would be written there as well
+            log.configure(configs[0])
+            self.addCleanup(os.close, log._file._fd)
+            written = self.run_in_thread(write)
+            for turn in range(300):
+                log.configure(configs[turn % 2])
+                with open(str(self.directory / 'stranger'), 'ab') as stranger:      # gets the lowest number that is free
+                    self.assertEqual(os.fstat(stranger.fileno()).st_size, 0)
+            over.set()
+            count = written.result(LIMIT)
+        self.assertEqual((self.directory / 'stranger').stat().st_size, 0)
+        lines = [parse_logfmt(line) for path in paths for line in path.read_text().splitlines()]
+        self.assertEqual(sorted(int(line['count']) for line in lines), list(range(1, count + 1)))
+
+
+class UnitTimeTests(unittest.TestCase):
+
+    def test_a_deadline_counts_down_to_0_and_stays_there(self):
+        clock = unit_clock(self)
+        deadline = gollama.Deadline(5)
+        for now, remaining, expired in ((1000, 5, False), (1004.75, 0.25, False), (1005, 0, True), (2000, 0, True)):
+            clock.now = now
+            self.assertEqual((deadline.remaining(), deadline.expired), (remaining, expired))
+
+    def test_no_time_is_over_at_once_and_endless_time_never(self):
+        clock = unit_clock(self)
+        self.assertTrue(gollama.Deadline(0).expired)
+        endless = gollama.Deadline(float('inf'))
+        clock.now = 1e12
+        self.assertEqual((endless.remaining(), endless.expired), (float('inf'), False))
+
+    def pauses(self, base, count=8):
+        backoff, pauses = gollama.Backoff(base), []
+        for _ in range(count):
+            pauses.append(backoff.pause())
+            backoff.failed()
+        return pauses
+
+    def test_pauses_double_with_failures_to_at_most_30_seconds(self):
+        self.assertEqual(self.pauses(2.0), [2, 4, 8, 16, 30, 30, 30, 30])
+        self.assertEqual(self.pauses(2.0, 3000)[-1], 30)
+
+    def test_a_longer_base_stays_as_it_is(self):
+        self.assertEqual(self.pauses(45.0, 3), [45, 45, 45])
+
+    def test_no_pause_is_none_except_after_a_failure(self):
+        self.assertEqual(self.pauses(0.0, 3), [0, 0.1, 0.1])
+
+    def test_success_begins_anew_and_asking_counts_nothing(self):
+        backoff = gollama.Backoff(1.0)
+        for _ in range(3):
+            backoff.failed()
+        self.assertEqual([backoff.pause(), backoff.pause()], [8, 8])
+        backoff.succeeded()
+        self.assertEqual(backoff.pause(), 1)
+
+
+# ---------------------------------------------------------------------------------------
+# The watchdog and its gate
+# ---------------------------------------------------------------------------------------
+
+class UnitProcess:
+    """Stands in for EngineProcess: the test says how it is and when it ends."""
+
+    pid, saw_ready_line, exit_phrase = 4711, False, None
+
+    def __init__(self, config, on_news):
+        self.on_news = on_news
+        self.started = self.last_output = gollama.time.monotonic()
+        self.exited = threading.Event()
+        self.status = 503
+
+    def start(self):
+        pass
+
+    def tail(self, count):
+        return ['its last line']
+
+    def ask(self, path):
+        return self.status, b''
+
+    def kill(self):
+        self.end('signal 9 (SIGKILL)')
+
+    def terminate(self, grace):
+        self.end('exit status 0')
+
+    def become_ready(self):
+        self.status = 200
+        self.on_news()
+
+    def end(self, phrase='exit status 3'):
+        self.exit_phrase = self.exit_phrase or phrase
+        self.exited.set()
+        self.on_news()
+
+
+class UnitListener:
+    """Hears what the watchdog says."""
+
+    def __init__(self):
+        self.failures = []
+        self.pauses = []        # seconds
+
+    def engine_changed(self, state, detail):
+        if state is gollama.EngineState.BACKOFF:
+            self.pauses.append(detail)
+
+    def engine_failed_to_start(self, message):
+        self.failures.append(message)
+
+    def sign_of_life(self): ...
+    def watchdog_ended(self): ...
+
+
+class UnitWatchdogTests(UnitCase):
+    """Each scenario walks a path through the states; all of them together walk every edge there is."""
+
+    def setUp(self):
+        for name, stub in (('EngineProcess', self.new_process), ('port_problem', lambda host, port: None)):
+            patch = unittest.mock.patch.object(gollama, name, stub)
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def new_process(self, config, on_news):
+        self.processes.append(UnitProcess(config, on_news))
+        return self.processes[-1]
+
+    def watchdog(self, backoff='0s', **engine):
+        self.processes = []
+        self.config = dict(engine, restart_backoff=backoff)
+        watchdog = gollama.Watchdog(unit_config(engine=self.config).engine, LIMIT, UnitListener())
+        self.path, change = ['starting'], watchdog._change_state
+
+        def recorded(new, *args, **fields):
+            change(new, *args, **fields)
+            self.path.append(new.value)
+        watchdog._change_state = recorded
+        watchdog.start()
+        self.addCleanup(watchdog.join, LIMIT)
+        self.addCleanup(watchdog.stop, True)
+        self.of_number(1)
+        return watchdog
+
+    def of_number(self, number):
+        return eventually(lambda: len(self.processes) == number and self.processes[-1], what='start %d' % number)
+
+    def ready(self, number=1):
+        self.of_number(number).become_ready()
+        eventually(lambda: self.path[-1] == 'ready')
+        return self.processes[-1]
+
+    def reaches(self, state):
+        eventually(lambda: self.path[-1] == state, what='%s, not %s' % (state, self.path))
+
+    def ends(self, watchdog, *path):
+        self.assertTrue(watchdog.ended.wait(LIMIT))
+        self.assertEqual(tuple(self.path), path)
+        return path
+
+    # the scenarios
+
+    def stopped_while_starting(self):
+        watchdog = self.watchdog()
+        watchdog.stop()
+        return self.ends(watchdog, 'starting', 'stopping')
+
+    def stopped_when_ready(self):
+        watchdog = self.watchdog()
+        self.ready()
+        watchdog.stop()
+        return self.ends(watchdog, 'starting', 'ready', 'stopping')
+
+    def dead_at_the_first_start(self):
+        watchdog = self.watchdog()
+        self.processes[0].end()
+        path = self.ends(watchdog, 'starting', 'died', 'stopping')
+        self.assertIn('exit status 3; its last output:\n    its last line', watchdog._listener.failures[0])
+        return path
+
+    def dead_and_restarted(self):
+        watchdog = self.watchdog()
+        self.ready().end()
+        self.of_number(2).end()         # a start that fails is followed by another
+        self.ready(3)
+        self.assertEqual(watchdog._listener.pauses, ['0', '0.1'])
+        watchdog.stop()
+        return self.ends(watchdog, 'starting', 'ready', 'died', 'backoff', 'starting', 'died', 'backoff', 'starting', 'ready', 'stopping')
+
+    def hung_and_restarted(self):
+        watchdog = self.watchdog(hang_timeout=0.02)
+        process = self.ready()
+        watchdog.gate.enter(unit_exchange(), gollama.Deadline(LIMIT), gollama.TryKind.FIRST)
+        self.of_number(2)
+        self.assertEqual(process.exit_phrase, 'signal 9 (SIGKILL)')
+        watchdog.stop()
+        return self.ends(watchdog, 'starting', 'ready', 'hung', 'backoff', 'starting', 'stopping')
+
+    def stopped_in_the_pause(self):
+        watchdog = self.watchdog(backoff='1h')
+        self.ready().end()
+        self.reaches('backoff')
+        watchdog.stop()
+        return self.ends(watchdog, 'starting', 'ready', 'died', 'backoff', 'stopping')
+
+    def reloaded(self):
+        watchdog = self.watchdog()
+        self.ready()
+        watchdog.reconfigure(unit_config(engine=dict(self.config, env={'A': '1'})).engine, LIMIT)
+        self.ready(2)
+        watchdog.stop()
+        return self.ends(watchdog, 'starting', 'ready', 'stopping', 'starting', 'ready', 'stopping')
+
+    SCENARIOS = (stopped_while_starting, stopped_when_ready, dead_at_the_first_start, dead_and_restarted, hung_and_restarted,
+                 stopped_in_the_pause, reloaded)
+
+    def test_every_edge_is_walked_and_no_other(self):
+        walked = set()
+        for scenario in self.SCENARIOS:
+            with self.subTest(scenario=scenario.__name__):
+                path = scenario(self)
+                walked.update(zip(path, path[1:]))
+        self.assertEqual(walked, {(old.value, new.value) for old, all_new in gollama.TRANSITIONS.items() for new in all_new})
+
+    def test_every_other_edge_is_an_error(self):
+        watchdog = gollama.Watchdog(unit_config().engine, LIMIT, UnitListener())
+        for old, new in itertools.product(gollama.EngineState, repeat=2):
+            if new not in gollama.TRANSITIONS[old]:
+                with self.subTest(old=old, new=new):
+                    watchdog._state = old
+                    self.assertRaises(AssertionError, watchdog._change_state, new)
+                    self.assertEqual(watchdog._state, old)
+
+    def test_the_gate_is_open_while_the_engine_is_ready(self):
+        watchdog = self.watchdog()
+        gate = watchdog.gate
+        self.assertFalse(gate.is_open)
+        process = self.ready()
+        self.assertTrue(eventually(lambda: gate.is_open))
+        process.end()
+        self.of_number(2)
+        self.assertFalse(gate.is_open)
+        self.ready(2)
+        eventually(lambda: gate.generation == 2 and gate.is_open)
+        watchdog.stop()
+        self.assertTrue(watchdog.ended.wait(LIMIT))
+        self.assertFalse(gate.is_open)
+
+    def test_a_reload_lets_those_in_the_engine_finish_and_nobody_new_in(self):
+        watchdog = self.watchdog()
+        self.ready()
+        inside = unit_exchange()
+        watchdog.gate.enter(inside, gollama.Deadline(LIMIT), gollama.TryKind.FIRST)
+        watchdog.reconfigure(unit_config(engine=dict(self.config, env={'A': '1'})).engine, LIMIT)
+        late = self.run_in_thread(watchdog.gate.enter, unit_exchange(), gollama.Deadline(LIMIT), gollama.TryKind.FIRST)
+        self.assertEqual((self.path[-1], inside.cut, late.done()), ('ready', None, False))
+        watchdog.gate.leave(inside)
+        self.ready(2)
+        self.assertEqual(late.result(LIMIT), 2)
+        self.assertIsNone(inside.cut)
+
+
+    def test_from_a_reload_on_the_gate_stays_shut_even_if_the_old_engine_becomes_ready(self):
+        watchdog = gollama.Watchdog(unit_config().engine, LIMIT, UnitListener())
+        watchdog.gate.open()
+        watchdog.reconfigure(unit_config(engine={'env': {'A': '1'}}).engine, LIMIT)
+        self.assertFalse(watchdog.gate.is_open)
+        watchdog._change_state(gollama.EngineState.READY)
+        self.assertFalse(watchdog.gate.is_open)
+
+
+class UnitTryGateTests(UnitCase):
+
+    def setUp(self):
+        self.emptied = []
+        self.gate = gollama.TryGate(lambda: self.emptied.append(1), lambda: gollama.GatewayError('engine_not_ready', 'not ready'))
+        self.gate.DEATH_SHOWS_WITHIN = 0.0
+
+    def enter(self, kind, exchange=None, seconds=0.0):
+        return self.gate.enter(exchange or unit_exchange(), gollama.Deadline(seconds), gollama.TryKind[kind])
+
+    def second_try(self, exchange, inside, go_on):
+        with self.gate.second_try(exchange):
+            inside.append(exchange)
+            self.gate.enter(exchange, gollama.Deadline(LIMIT), gollama.TryKind.SECOND)
+            go_on.acquire(timeout=LIMIT)
+            inside.remove(exchange)
+            self.gate.leave(exchange)
+
+    def test_second_tries_go_one_at_a_time_and_first_ones_after_them(self):
+        self.gate.open()
+        inside, go_on, exchanges, tries = [], threading.Semaphore(0), [unit_exchange() for _ in range(4)], []
+        for number, exchange in enumerate(exchanges, 1):
+            tries.append(self.run_in_thread(self.second_try, exchange, inside, go_on))
+            eventually(lambda: len(self.gate._replays) == number)
+        first = unit_exchange()
+        late = self.run_in_thread(self.enter, 'FIRST', first, LIMIT)
+        eventually(lambda: first in self.gate._waiting)
+        for number, exchange in enumerate(exchanges):
+            eventually(lambda: inside == [exchange])
+            self.assert_refused('queue_timeout', self.enter, 'FIRST')
+            light = unit_exchange()
+            self.assertEqual(self.enter('LIGHT', light), 1)
+            self.gate.leave(light)
+            self.assertFalse(late.done())
+            go_on.release()
+            tries[number].result(LIMIT)
+        self.assertEqual(late.result(LIMIT), 1)
+
+    def test_no_first_try_starts_while_a_second_one_waits_for_the_engine(self):
+        inside, go_on, exchange = [], threading.Semaphore(1), unit_exchange()
+        second = self.run_in_thread(self.second_try, exchange, inside, go_on)
+        eventually(lambda: exchange in self.gate._waiting)
+        self.assert_refused('engine_not_ready', self.enter, 'FIRST')
+        first = unit_exchange()
+        late = self.run_in_thread(self.enter, 'FIRST', first, LIMIT)
+        eventually(lambda: first in self.gate._waiting)
+        self.gate.open()
+        second.result(LIMIT)
+        self.assertEqual(late.result(LIMIT), 1)
+
+    def test_a_second_try_that_is_given_up_holds_up_nobody(self):
+        self.gate.open()
+        with self.assertRaises(gollama.ClientGone), self.gate.second_try(unit_exchange()):
+            self.assert_refused('queue_timeout', self.enter, 'FIRST')
+            raise gollama.ClientGone
+        self.assertEqual(self.enter('FIRST'), 1)
+
+    def test_a_client_that_leaves_while_it_waits_for_its_turn_is_out_of_line(self):
+        self.gate.open()
+        inside, go_on, one, two = [], threading.Semaphore(0), unit_exchange(), unit_exchange()
+        first = self.run_in_thread(self.second_try, one, inside, go_on)
+        eventually(lambda: inside == [one])
+        second = self.run_in_thread(self.second_try, two, inside, go_on)
+        eventually(lambda: two in self.gate._waiting)
+        two.break_off(gone=True)
+        with self.assertRaises(gollama.ClientGone):
+            second.result(LIMIT)
+        go_on.release()
+        first.result(LIMIT)
+        self.assertEqual(self.enter('FIRST'), 1)
+        self.assertEqual((list(self.gate._replays), self.gate._waiting), ([], set()))
+
+    def test_each_engine_has_a_generation_of_its_own(self):
+        self.assert_refused('engine_not_ready', self.enter, 'LIGHT')
+        for generation in (1, 2, 3):
+            exchange = unit_exchange()
+            waiting = self.run_in_thread(self.enter, 'LIGHT', exchange, LIMIT)
+            eventually(lambda: exchange in self.gate._waiting)
+            self.gate.open()
+            self.assertEqual(waiting.result(LIMIT), generation)
+            self.gate.shut()
+            self.assert_refused('engine_not_ready', self.enter, 'LIGHT')
+
+    def test_a_closed_gate_refuses_those_who_wait_and_those_who_come(self):
+        first, second = unit_exchange(), unit_exchange()
+        tries = [self.run_in_thread(self.enter, 'FIRST', first, LIMIT),
+                 self.run_in_thread(self.second_try, second, [], threading.Semaphore(0))]
+        eventually(lambda: self.gate._waiting >= {first, second})
+        self.gate.close()
+        for one in tries:
+            self.assert_refused('shutting_down', one.result, LIMIT)
+        self.gate.open()
+        for kind in ('LIGHT', 'FIRST'):
+            self.assert_refused('shutting_down', self.enter, kind)
+
+    def test_who_was_cut_off_from_one_engine_enters_the_next_afresh(self):
+        self.gate.open()
+        exchange = unit_exchange()
+        self.enter('FIRST', exchange)
+        self.gate.break_off('engine_failed')
+        self.assertEqual(exchange.cut, 'engine_failed')
+        self.gate.leave(exchange)
+        self.enter('FIRST', exchange)
+        self.assertIsNone(exchange.cut)
+
+    def test_the_last_one_to_leave_a_shut_gate_is_told(self):
+        self.gate.open()
+        one, two = unit_exchange(), unit_exchange()
+        self.enter('FIRST', one)
+        self.enter('FIRST', two)
+        self.gate.shut()
+        self.gate.leave(one)
+        self.assertEqual((self.emptied, self.gate.is_empty), ([], False))
+        self.gate.leave(two)
+        self.assertEqual((self.emptied, self.gate.is_empty), ([1], True))
+
+    def test_the_engine_is_waited_for_since_somebody_who_reads_came(self):
+        clock = unit_clock(self)
+        self.gate.open()
+        held, reader = unit_exchange(), unit_exchange()
+        self.enter('FIRST', held)
+        held.held_up = True
+        clock.now = 1010
+        self.enter('FIRST', reader)
+        clock.now = 1020
+        self.assertEqual(self.gate.waited_for_since(), 1010)
+        self.gate.leave(reader)
+        self.assertEqual(self.gate.waited_for_since(), 1020)
+        held.held_up = False
+        clock.now = 1030
+        self.assertEqual(self.gate.waited_for_since(), 1020)
+
+
+# ---------------------------------------------------------------------------------------
+# Exchanges and the queue
+# ---------------------------------------------------------------------------------------
+
+class UnitExchangeTests(UnitCase):
+
+    def pair(self):
+        ours, engines = socket.socketpair()
+        self.addCleanup(ours.close)
+        self.addCleanup(engines.close)
+        engines.setblocking(False)
+        return ours, engines
+
+    @staticmethod
+    def is_shut(engines):
+        try:
+            return engines.recv(1) == b''
+        except BlockingIOError:
+            return False
+
+    def test_a_cancel_ends_what_blocks_on_the_engine(self):
+        ours, engines = self.pair()
+        exchange = unit_exchange()
+        exchange.attach(ours)
+        blocked = self.run_in_thread(ours.recv, 1)
+        exchange.break_off(gone=True)
+        self.assertEqual(blocked.result(LIMIT), b'')
+        self.assertTrue(self.is_shut(engines))
+
+    def test_a_cancel_never_shuts_a_connection_that_was_given_back(self):
+        ours, engines = self.pair()
+        for finish in (False, True):
+            exchange = unit_exchange()
+            exchange.attach(ours)
+            exchange.detach()
+            if finish:
+                exchange.finish()
+            exchange.break_off(gone=True)
+            self.assertFalse(self.is_shut(engines))
+            self.assertEqual(exchange.gone, not finish)
+
+    def test_a_cancel_that_races_with_giving_back_is_before_or_never(self):
+        self.impatient()
+        ours, engines = self.pair()
+        for _ in range(200):
+            exchange, start = unit_exchange(), threading.Barrier(2)
+            exchange.attach(ours)
+
+            def cancel():
+                start.wait(LIMIT)
+                exchange.break_off(gone=True)
+            cancelled = self.run_in_thread(cancel)
+            start.wait(LIMIT)
+            exchange.detach()
+            before = self.is_shut(engines)
+            cancelled.result(LIMIT)
+            self.assertEqual(self.is_shut(engines), before)
+            if before:
+                ours, engines = self.pair()
+
+    def test_who_is_gone_or_cut_gets_no_connection(self):
+        ours, engines = self.pair()
+        for how, error in (({'gone': True}, gollama.ClientGone), ({'code': 'engine_failed'}, gollama.EngineNotAccepting)):
+            exchange = unit_exchange()
+            exchange.break_off(**how)
+            self.assertRaises(error, exchange.attach, ours)
+        self.assertFalse(self.is_shut(engines))
+
+    def test_the_first_reason_to_be_cut_stays(self):
+        exchange = unit_exchange()
+        exchange.break_off('engine_failed')
+        exchange.break_off('shutting_down')
+        exchange.break_off(gone=True)
+        self.assertEqual((exchange.cut, exchange.gone), ('engine_failed', True))
+
+
+class UnitAdmissionTests(UnitCase):
+
+    def setUp(self):
+        self.admitted = []
+
+    def tearDown(self):
+        self.line.close()       # whoever still waits, ends
+
+    def queue(self, **keys):
+        self.keys = keys
+        self.line = gollama.AdmissionQueue(unit_config(queue=keys, server={'max_body': 10}).queue)
+        return self.line
+
+    def admit(self, exchange, seconds=0.0):
+        self.line.admit(exchange, gollama.Deadline(seconds), lambda: True)
+        self.admitted.append(exchange)
+        return exchange
+
+    def come(self, clients):
+        """One request after the other, each letter a client; those who have to wait, in a thread each."""
+        exchanges = [unit_exchange(client) for client in clients]
+        for exchange in exchanges:
+            waiting = self.line.status()['waiting']
+            self.run_in_thread(self.admit, exchange, LIMIT)
+            eventually(lambda: exchange in self.admitted or self.line.status()['waiting'] == waiting + 1)
+        return exchanges
+
+    def serve(self, count):
+        """Ends what runs, one by one; the clients that came in then, in order."""
+        first = len(self.admitted)
+        for number in range(first, first + count):
+            self.line.release(self.admitted[number - 1])
+            eventually(lambda: len(self.admitted) == number + 1)
+        return ''.join(exchange.client for exchange in self.admitted[first:])
+
+    def reconfigure(self, **keys):
+        self.line.reconfigure(unit_config(queue=dict(self.keys, **keys), server={'max_body': 10}).queue)
+
+    def numbers(self):
+        status = self.line.status()
+        return status['in_flight'], status['waiting']
+
+    def assert_slots(self, count):
+        """That many are free, no more and no less."""
+        exchanges = [self.admit(unit_exchange()) for _ in range(count)]
+        self.assert_refused('queue_timeout', self.admit, unit_exchange())
+        for exchange in exchanges:
+            self.line.release(exchange)
+
+    def test_fifo_serves_in_the_order_of_arrival(self):
+        self.queue(order='fifo')
+        exchanges = self.come('aabcba')
+        self.assertEqual(self.serve(5), 'abcba')
+        self.assertEqual(self.admitted, exchanges)
+
+    def test_fair_serves_who_was_served_longest_ago(self):
+        self.queue(order='fair')
+        self.come('aaabaca')
+        self.assertEqual(self.serve(6), 'bcaaaa')
+        self.come('bacbd')
+        self.assertEqual(self.serve(5), 'dbcab')        # one who was never served, then by the last turn
+
+    def test_who_asks_again_overtakes_nobody(self):
+        self.queue()
+        first, waiting = self.come('aa')
+        self.line.release(first)
+        self.assert_refused('queue_timeout', self.admit, unit_exchange('a'))
+        eventually(lambda: self.admitted == [first, waiting])
+        self.line.release(waiting)
+        self.assert_slots(1)
+
+    def test_a_timeout_or_a_leaving_that_meets_its_slot_loses_none(self):
+        self.impatient()
+        self.queue(max_concurrency=1)
+        dice, outcomes = random.Random(3), []
+        for turn in range(300):
+            holder, waiter, start = self.admit(unit_exchange()), unit_exchange(), threading.Barrier(2)
+            leaves = turn % 2
+
+            def wait():
+                start.wait(LIMIT)
+                try:
+                    self.admit(waiter, LIMIT if leaves else dice.uniform(0, 1e-3))
+                    outcomes.append('admitted')
+                except (gollama.GatewayError, gollama.ClientGone) as error:
+                    outcomes.append(type(error).__name__)
+                self.line.release(waiter)
+            thread = threading.Thread(target=wait)
+            thread.start()
+            start.wait(LIMIT)
+            if leaves:
+                waiter.break_off(gone=True)
+            else:
+                until = gollama.Deadline(dice.uniform(0, 1e-3))
+                while not until.expired:
+                    pass
+            self.line.release(holder)
+            thread.join(LIMIT)
+            self.assertEqual(self.numbers(), (0, 0))
+        self.assert_slots(1)
+        self.assertEqual(len(outcomes), 300)
+
+    def test_giving_back_twice_or_nothing_changes_nothing(self):
+        self.queue(max_concurrency=2)
+        one = self.admit(unit_exchange())
+        for _ in range(3):
+            self.line.release(one)
+            self.line.release(unit_exchange())
+        self.assert_slots(2)
+
+    def test_more_slots_are_given_out_at_once_and_fewer_as_they_come_back(self):
+        self.queue(max_concurrency=2, order='fifo')
+        exchanges = self.come('aaaaaa')
+        self.reconfigure(max_concurrency=4)
+        eventually(lambda: set(self.admitted) == set(exchanges[:4]))
+        self.assertEqual(self.numbers(), (4, 2))
+        self.reconfigure(max_concurrency=1)
+        for number, exchange in enumerate(exchanges[:3], 1):
+            self.line.release(exchange)
+            self.assertEqual(self.numbers(), (4 - number, 2))
+        self.line.release(exchanges[3])
+        eventually(lambda: self.admitted[4:] == exchanges[4:5])
+        self.reconfigure(max_concurrency=3)
+        eventually(lambda: len(self.admitted) == 6)
+        for exchange in exchanges:
+            self.line.release(exchange)
+        self.assert_slots(3)
+
+    def test_a_change_to_fifo_puts_those_who_wait_in_the_order_they_came(self):
+        self.queue(order='fair')
+        exchanges = self.come('aabaca')
+        self.reconfigure(order='fifo')
+        self.assertEqual([self.line.position(one) for one in exchanges[1:]], [1, 2, 3, 4, 5])
+        exchanges += self.come('dd')
+        self.assertEqual(self.serve(7), 'abacadd')
+        self.assertEqual(self.admitted, exchanges)
+
+    def test_a_change_to_fair_gives_each_its_turn(self):
+        self.queue(order='fifo')
+        self.come('aaaabc')
+        self.reconfigure(order='fair')
+        self.assertEqual(self.serve(5), 'bcaaa')
+
+    def test_a_reload_that_keeps_the_order_keeps_it(self):
+        self.queue(order='fair')
+        self.come('aaabaca')
+        self.reconfigure(wait_timeout='3s')
+        self.assertEqual(self.serve(6), 'bcaaaa')
+
+    def test_the_position_is_the_place_if_nobody_else_came(self):
+        dice = random.Random(7)
+        for order in ('fair', 'fair', 'fair', 'fifo'):
+            self.admitted.clear()
+            self.queue(order=order)
+            self.come('x' + ''.join(dice.choice('aaabcx') for _ in range(3)))
+            self.serve(2)
+            waiting = [one for one in self.come(dice.choice('aaaabbcx') for _ in range(8))]
+            places = {self.line.position(one): one for one in waiting}
+            self.assertEqual(len(places), 8)
+            known = len(self.admitted)
+            self.serve(9)       # one of the first ones was waiting still
+            self.assertEqual([one for one in self.admitted[known:] if one in waiting], [places[place] for place in sorted(places)])
+            self.line.release(self.admitted[-1])
+
+    def test_a_full_line_refuses_the_next_one(self):
+        self.queue(max_waiting=2)
+        self.come('aaa')
+        self.assert_refused('queue_full', self.admit, unit_exchange(), LIMIT)
+        self.assert_refused('queue_full', self.line.check_room, 0)
+        self.serve(1)
+        self.line.check_room(0)
+
+    def test_without_a_line_a_free_slot_is_still_taken(self):
+        self.queue(max_waiting=0)
+        one = self.admit(unit_exchange())
+        self.assert_refused('queue_full', self.admit, unit_exchange(), LIMIT)
+        self.line.release(one)
+        self.admit(unit_exchange())
+
+    def test_bodies_share_a_budget(self):
+        queue = self.queue(max_bytes=100)
+        one, two = gollama.RequestBody(queue), gollama.RequestBody(queue)
+        one.hold(60)
+        queue.check_room(40)
+        self.assert_refused('queue_full', queue.check_room, 41)
+        self.assert_refused('queue_full', two.hold, 41)
+        self.assert_refused('queue_full', two.check, 41)
+        two.hold(30)
+        two.hold(10)
+        self.assertEqual(queue.status()['bytes'], 100)
+        self.assert_refused('queue_full', two.hold, 1)
+        one.release()
+        one.release()
+        self.assertEqual(queue.status()['bytes'], 40)
+        two.hold(60)
+        two.release()
+        self.assertEqual(queue.status()['bytes'], 0)
+
+    def test_a_closed_queue_refuses_those_who_wait_and_those_who_come(self):
+        self.queue()
+        self.admit(unit_exchange())
+        exchange = unit_exchange()
+        waiting = self.run_in_thread(self.admit, exchange, LIMIT)
+        eventually(lambda: self.numbers() == (1, 1))
+        self.line.close()
+        self.assert_refused('shutting_down', waiting.result, LIMIT)
+        self.assert_refused('shutting_down', self.admit, unit_exchange())
+        self.assertEqual(self.numbers(), (1, 0))
+
+    def test_why_somebody_waited_in_vain_depends_on_the_engine(self):
+        self.queue()
+        self.admit(unit_exchange())
+        for ready, code in ((True, 'queue_timeout'), (False, 'engine_not_ready')):
+            self.assert_refused(code, self.line.admit, unit_exchange(), gollama.Deadline(0), lambda: ready)
+        self.assertEqual(self.numbers(), (1, 0))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -2920,6 +3885,354 @@ class LogTests(GatewayCase):
             (gollama.directory / 'output').touch()
 
 
+try:
+    import resource
+except ImportError:         # not on Windows
+    resource = None
+
+
+# ---------------------------------------------------------------------------------------
+# Faults that were there once; each test opens with its story
+# ---------------------------------------------------------------------------------------
+
+REGRESS_SSE = {'Content-Type': 'text/event-stream'}
+REGRESS_CHUNKED = dict(REGRESS_SSE, **{'Transfer-Encoding': 'chunked'})
+
+
+class RegressCase(GatewayCase):
+
+    def ask(self, connection, gateway, script=None, stream=False, headers=()):
+        """Sends a chat on an open connection."""
+        body = json.dumps(gateway.chat_body(script, stream)).encode()
+        lines = ['POST /v1/chat/completions HTTP/1.1', 'Host: localhost', 'Content-Length: %d' % len(body), *headers]
+        connection.sendall('\r\n'.join(lines).encode() + b'\r\n\r\n' + body)
+
+    def answer(self, connection):
+        """Reads the next answer, one with a Content-Length: (status, body)."""
+        response = http.client.HTTPResponse(connection)
+        try:
+            response.begin()
+            return response.status, response.read()
+        finally:
+            response.close()
+
+    def deaf_client(self, gateway):
+        """A connection whose buffer is soon full."""
+        connection = socket.socket()
+        self.addCleanup(connection.close)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(LIMIT)
+        connection.connect(('127.0.0.1', gateway.port))
+        return connection
+
+    def hold(self, gateway, gate, headers=None):
+        """Somebody in the only slot until the gate is opened."""
+        holder = gateway.send_chat([['gate', gate], ['answer', '{}']], headers)
+        self.addCleanup(holder.close)
+        gateway.engine.wait_at(gate)
+
+    def in_thread(self, function, *args, **options):
+        """A future of its result."""
+        pool = concurrent.futures.ThreadPoolExecutor(1)
+        self.addCleanup(pool.shutdown)
+        return pool.submit(function, *args, **options)
+
+    def chats(self, gateway):
+        """The log lines of the chats that are over."""
+        return [line for line in gateway.log('request') if line['method'] == 'POST']
+
+    def waiting(self, gateway, count):
+        eventually(lambda: gateway.status()['queue']['waiting'] == count, what='%d waiting' % count)
+
+    def reload(self, gateway, config):
+        before = len(gateway.log('configuration reloaded'))
+        gateway.write_config(config)
+        gateway.signal(signal.SIGHUP)
+        eventually(lambda: len(gateway.log('configuration reloaded')) > before)
+
+    def assert_stays(self, seconds, predicate):
+        """That nothing happens can only be seen by waiting."""
+        until = time.monotonic() + seconds
+        eventually(lambda: time.monotonic() > until or not predicate())
+        self.assertTrue(predicate())
+
+
+class RegressStreamTests(RegressCase):
+
+    def test_an_event_stream_of_known_length_after_heartbeats_ends(self):
+        """Its bytes were passed on without chunks after a head that had promised chunks: the client waited for ever, and
+        the engine's connection, believed to be over, brought the next client's answer to this one."""
+        gateway = self.gateway({'queue': {'heartbeat': '30ms'}})
+        for body in ('data: hi\n\ndata: [DONE]\n\n', ''):
+            self.hold(gateway, 'before' + body)
+            with gateway.open_stream([['answer', body, REGRESS_SSE]], {'Connection': 'close'}, timeout=3) as stream:
+                self.assertTrue(stream.read_event().startswith(b': waiting'))
+                gateway.engine.open('before' + body)
+                rest, complete = stream.rest()
+                self.assertTrue(complete)
+                self.assertIn(body.encode(), rest)
+                self.assertEqual(stream._file.read(), b'')      # one end, not two
+            self.assertEqual(gateway.chat([['answer', '{"of": "another"}']]).json(), {'of': 'another'})
+        eventually(lambda: len(self.chats(gateway)) == 6)
+        self.assertEqual({line['outcome'] for line in self.chats(gateway)}, {'ok'})
+
+    def test_a_stop_that_cuts_a_stream_without_length_does_not_make_it_whole(self):
+        """Shutting the engine's connection looked like the end of a body that ends by closing: the client got the terminating
+        chunk, and the log said ok."""
+        gateway = self.gateway({'server': {'drain_timeout': '100ms'}})
+        with gateway.open_stream([['head', 200, REGRESS_SSE], ['raw', 'data: one\n\n'], ['gate', 'never']]) as stream:
+            self.assertEqual(stream.read_event(), b'data: one')
+            gateway.engine.wait_at('never')
+            gateway.signal(signal.SIGTERM)
+            rest, complete = stream.rest()
+        self.assertIn(b'"shutting_down"', rest)
+        self.assertFalse(complete)
+        self.assertEqual(gateway.wait(), 0)
+        self.assertEqual([line['outcome'] for line in self.chats(gateway)], ['truncated'])
+
+    def test_a_reload_that_cuts_one_neither(self):
+        """The same by another way: what a reload cuts after drain_timeout is truncated as well."""
+        config = {'server': {'drain_timeout': '100ms'}}
+        gateway = self.gateway(config)
+        with gateway.open_stream([['head', 200, REGRESS_SSE], ['raw', 'data: one\n\n'], ['gate', 'never']]) as stream:
+            self.assertEqual(stream.read_event(), b'data: one')
+            self.reload(gateway, merged(config, {'engine': {'env': {'A': '1'}}}))
+            rest, complete = stream.rest()
+        self.assertIn(b'"engine_failed"', rest)
+        self.assertFalse(complete)
+        eventually(lambda: [line['outcome'] for line in self.chats(gateway)] == ['truncated'])
+
+
+class RegressTimeoutTests(RegressCase):
+
+    BIG = [['blob', 20000000]]
+
+    def test_write_timeout_is_one_time_for_a_whole_answer_also_after_a_reload(self):
+        """A send that timed out after it had passed on a little was begun anew: 2 s became 6 s. And an open connection kept
+        the write_timeout that it was opened with."""
+        gateway = self.gateway({'server': {'write_timeout': '400ms'}})
+        connections = [self.deaf_client(gateway) for _ in range(2)]
+        for connection, limit in zip(connections, ('400ms', '150ms')):
+            connection.sendall(b'GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n')
+            self.assertEqual(self.answer(connection)[0], 200)
+        for connection, least, limit in zip(connections, (400, 150), ('150ms', '150ms')):
+            before = len(self.chats(gateway))
+            self.ask(connection, gateway, self.BIG)
+            line = eventually(lambda: self.chats(gateway)[before:])[0]
+            self.assertEqual(line['outcome'], 'cancelled')
+            self.assertGreater(float(line['total_ms']), least - 10)
+            self.assertLess(float(line['total_ms']), 2.5 * least + 100)     # the answer has to be made, too
+            self.reload(gateway, {'server': {'write_timeout': limit}})
+
+    def test_write_timeout_of_a_stream_follows_a_reload(self):
+        """It was taken from the connection, so a reload was none for those that were open."""
+        gateway = self.gateway({'server': {'write_timeout': '1h'}})
+        connection = self.deaf_client(gateway)
+        self.ask(connection, gateway, [['chunks', 400, 65536], ['end']], True)
+        eventually(lambda: gateway.status()['queue']['in_flight'] == 1)
+        self.reload(gateway, {'server': {'write_timeout': '100ms'}})
+        line = eventually(lambda: self.chats(gateway), 3)[0]
+        self.assertEqual(line['outcome'], 'cancelled')
+
+    def test_huge_durations_kill_nothing(self):
+        """1000 h is more milliseconds than poll takes: the relay ended with an OverflowError, and all streams with it."""
+        names = {'server': ('read_timeout', 'write_timeout', 'idle_timeout', 'drain_timeout'), 'queue': ('wait_timeout', 'heartbeat'),
+                 'engine': ('start_timeout', 'stop_timeout', 'hang_timeout')}
+        config = {section: dict.fromkeys(keys, '1000h') for section, keys in names.items()}
+        gateway = self.gateway(merged(config, {'queue': {'max_concurrency': 2}}))
+        held = self.deaf_client(gateway)
+        self.ask(held, gateway, [['event', {}], ['gate', 'go'], ['chunks', 200, 65536], ['end']], True)
+        gateway.engine.open('go')
+        with gateway.open_stream([['event', {}], ['gate', 'two'], ['event', {}], ['end']]) as stream:
+            stream.read_event()
+            gateway.engine.wait_at('two')
+            gateway.engine.open('two')
+            self.assertTrue(stream.rest()[1])
+        self.assertEqual(gateway.chat(self.BIG).status, 200)
+        held.close()
+        eventually(lambda: gateway.status()['queue']['in_flight'] == 0)
+        waiting = self.in_thread(gateway.chat, [['gate', 'last'], ['answer', '{}']])
+        gateway.engine.wait_at('last')
+        gateway.signal(signal.SIGTERM)
+        eventually(lambda: gateway.health() in (0, 503))
+        gateway.engine.open('last')
+        self.assertEqual(waiting.result(LIMIT).status, 200)
+        self.assertEqual(gateway.wait(), 0)
+        self.assertNotIn('Error', gateway.output())
+
+    def test_a_line_end_after_a_body_begins_no_request(self):
+        """Some clients send a line end too many after a body: it was taken for a beginning request, and answered with 408."""
+        gateway = self.gateway({'server': {'read_timeout': '100ms', 'idle_timeout': '10s'}})
+        with gateway.connect() as connection:
+            for _ in range(2):
+                connection.sendall(b'POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}\r\n')
+                connection.settimeout(LIMIT)
+                self.assertEqual(self.answer(connection)[0], 200)
+                connection.settimeout(0.25)         # longer than read_timeout
+                with self.assertRaises(socket.timeout):
+                    connection.recv(1)
+
+    def test_who_waited_in_vain_is_logged_with_its_wait(self):
+        """queue_ms was set when a slot was given, so the longest waits of all counted as none."""
+        gateway = self.gateway({'queue': {'wait_timeout': '200ms'}})
+        self.hold(gateway, 'never')
+        self.assertEqual(gateway.chat().code, 'queue_timeout')
+        line = eventually(lambda: self.chats(gateway))[0]
+        self.assertGreater(float(line['queue_ms']), 190)
+        waited = re.search(r'(?m)^gollama_queue_wait_seconds_sum (.*)', gateway.metrics()).group(1)
+        self.assertGreater(float(waited), 0.19)
+
+
+class RegressPipelineTests(RegressCase):
+
+    def test_who_pipelines_much_and_leaves_is_noticed(self):
+        """Beyond 64 KB read ahead nobody looked at the client any more: its end came behind bytes that were never read."""
+        gateway = self.gateway()
+        steps = [['gate', 'never'], ['end']]
+        for streams, script in ((False, steps), (True, [['event', {}]] + steps)):
+            with gateway.connect() as connection:
+                self.ask(connection, gateway, script, streams)
+                eventually(lambda: gateway.engine.in_flight == 1)
+                if streams:
+                    self.assertIn(b'200 OK', connection.recv(65536))
+                connection.sendall(b'x' * 100000)
+            eventually(lambda: gateway.status()['queue']['in_flight'] == 0, 2)
+            eventually(lambda: gateway.engine.in_flight == 0, 2)
+
+    @staticmethod
+    def memory(gateway):
+        """KB."""
+        with open('/proc/%d/status' % gateway.process.pid) as status:
+            return int(re.search(r'VmRSS:\s+(\d+)', status.read()).group(1))
+
+    @unittest.skipUnless(LINUX, 'asks /proc for the memory')
+    def test_a_flood_behind_a_stream_is_not_swallowed(self):
+        """Each time the stream came to a stop and went on, the client was listened to again, and what it sent was kept."""
+        gateway = self.gateway()
+        connection = self.deaf_client(gateway)
+        self.ask(connection, gateway, [['chunks', 150, 65536], ['end']], True)
+        connection.setblocking(False)
+        before = self.memory(gateway)
+        got, junk = b'', b'x' * 65536
+        while b'\r\n0\r\n\r\n' not in got:
+            readable, writable, _ = select.select([connection], [connection], [], LIMIT)
+            if readable:
+                got = got[-16:] + connection.recv(65536)
+            elif writable:
+                connection.send(junk)
+        self.assertLess(self.memory(gateway) - before, 6000)
+
+
+class RegressReloadTests(RegressCase):
+
+    def test_a_change_to_fifo_starves_nobody(self):
+        """Those who waited stayed in lines of their own that had had their turn, and whoever came later went before them."""
+        config = {'server': {'api_keys': {name: 'secret-' + name for name in 'abcd'}}}
+        gateway = self.gateway(config)
+        key = {name: {'Authorization': 'Bearer secret-' + name} for name in 'abcd'}
+        for name in 'ab':
+            self.assertEqual(gateway.chat(headers=key[name]).status, 200)
+        self.hold(gateway, 'full', key['c'])
+        gateway.engine.forget()
+        clients = []
+        for count, name in enumerate('abdd', 1):
+            if count == 3:
+                self.reload(gateway, merged(config, {'queue': {'order': 'fifo'}}))
+            clients.append(self.in_thread(gateway.chat, headers=key[name], user=name + str(count)))
+            self.waiting(gateway, count)
+        gateway.engine.open('full')
+        self.assertEqual([client.result(LIMIT).status for client in clients], [200] * 4)
+        self.assertEqual([request.json()['user'] for request in gateway.engine.requests], ['a1', 'b2', 'd3', 'd4'])
+
+    def test_a_reload_that_moves_or_locks_the_engine_refuses_nobody_who_waits(self):
+        """Those who waited asked the new engine at the address, and with the key, of the old one."""
+        gateway = self.gateway({'server': {'drain_timeout': '10s'}})
+        args = gateway.config['engine']['args']
+        moved = {'server': {'drain_timeout': '10s'}, 'engine': {'base_url': 'http://127.0.0.1:%d' % free_port()}}
+        locked = merged(moved, {'engine': {'api_key': 'two', 'args': args + ['--api-key', 'two']}})
+        for starts, config in ((2, moved), (3, locked)):
+            gate = 'full%d' % starts
+            self.hold(gateway, gate)
+            clients = [self.in_thread(gateway.chat) for _ in range(2)]
+            self.waiting(gateway, 2)
+            self.reload(gateway, config)
+            gateway.engine.open(gate)
+            self.assertEqual([client.result(LIMIT).status for client in clients], [200] * 2)
+            self.assertEqual(gateway.engine.starts, starts)
+        self.assertEqual(gateway.log('the engine broke a request'), [])
+
+
+class RegressEngineTests(RegressCase):
+
+    @staticmethod
+    def tries(gateway):
+        return sum(line['msg'] in ('engine died', 'engine starting') for line in gateway.log())
+
+    @unittest.skipUnless(LINUX, 'needs prlimit')
+    def test_a_restart_without_descriptors_is_tried_until_there_are_some(self):
+        """A pipe or process that could not be had ended the watchdog, and with it the gateway; half a start left an engine behind."""
+        gateway = self.gateway()
+        first = gateway.engine.pid
+        before = resource.prlimit(gateway.process.pid, resource.RLIMIT_NOFILE)
+        used = [int(name) for name in os.listdir('/proc/%d/fd' % gateway.process.pid)]
+        gateway.engine.tell(never_ready=True)
+        for spare in range(9):              # so that it fails at different places
+            resource.prlimit(gateway.process.pid, resource.RLIMIT_NOFILE, (max(used) - 4 + spare, before[1]))
+            tries = self.tries(gateway)
+            if spare == 0:
+                gateway.engine.kill()
+            eventually(lambda: self.tries(gateway) > tries + (spare == 0))
+            if gateway.engine.starts > 1:
+                break
+        gateway.engine.tell()
+        if gateway.engine.starts > 1:
+            gateway.engine.kill()
+        self.assertIsNone(gateway.process.poll())
+        resource.prlimit(gateway.process.pid, resource.RLIMIT_NOFILE, before)
+        eventually(lambda: gateway.health() == 200)
+        self.assertEqual(gateway.chat().status, 200)
+        self.assertNotEqual(gateway.engine.pid, first)
+        self.assertIn('Too many open files', gateway.output())
+        self.assertNotIn('ResourceWarning', gateway.output())       # half a start
+
+    def test_a_hang_is_not_seen_early_beside_a_stream_that_is_held_up(self):
+        """The time without an answer was counted from the start of the stream whose client did not read, so the next request
+        was in an engine that had been silent for long: killed at once."""
+        gateway = self.gateway({'engine': {'hang_timeout': '500ms'}, 'queue': {'max_concurrency': 2}}, engine_args=['--silent'])
+        held = self.deaf_client(gateway)
+        self.ask(held, gateway, [['chunks', 400, 65536], ['end']], True)
+        self.assert_stays(0.6, lambda: gateway.engine.starts == 1)
+        self.assertEqual(gateway.chat([['pause', 0.25], ['answer', '{}']]).status, 200)
+        self.assertEqual((gateway.engine.starts, gateway.log('the engine broke a request')), (1, []))
+
+    def test_a_kept_connection_that_the_engine_closes_is_no_try(self):
+        """A kept connection that the engine had just closed broke the request that came over it, and the second try counted:
+        two in a row were a 502."""
+        gateway = self.gateway()
+        with gateway.connect() as connection:
+            for number in range(100):
+                self.ask(connection, gateway, [['answer', '{"n": %d}' % number], ['hangup']])
+                self.assertEqual(self.answer(connection), (200, b'{"n": %d}' % number))
+            self.assertEqual(gateway.log('the engine broke a request'), [])
+            self.ask(connection, gateway, [['die-once', 'then'], ['answer', '{}']])
+            self.assertEqual(self.answer(connection)[0], 200)
+        self.assertEqual(len(gateway.log('the engine broke a request')), 1)
+
+    def test_slow_readers_of_big_answers_do_not_pile_up(self):
+        """A whole answer freed its slot before its client had taken it: 12 clients that read nothing held 12 answers of 20 MB."""
+        gateway = self.gateway()
+        clients = [self.deaf_client(gateway) for _ in range(3)]
+        for client in clients:
+            self.ask(client, gateway, [['blob', 8000000]], headers=['Connection: close'])
+        eventually(lambda: gateway.engine.requests and gateway.engine.requests[0].ended)
+        self.assert_stays(0.15, lambda: len(gateway.engine.requests) == 1)
+        self.assertEqual(gateway.status()['queue']['in_flight'], 1)
+        for client in clients:
+            client.close()
+        eventually(lambda: gateway.status()['queue']['in_flight'] == 0)
+        self.assertEqual(gateway.chat().status, 200)
+
+
 # ---------------------------------------------------------------------------------------
 # HTTP messages: functions of bytes, without a socket
 # ---------------------------------------------------------------------------------------
@@ -4374,8 +5687,10 @@ class HostileConnectionsTests(HostileCase):
 
     def test_only_when_all_are_busy_is_one_refused(self):
         gateway = self.gateway({'server': {'max_connections': 3}, 'queue': {'max_concurrency': 3}})
-        wires = [self.wire(gateway).send(hostile_chat(['gate', 'busy'], ['answer', '{}', {}])) for _ in range(3)]
-        gateway.engine.wait_at('busy', 3)
+        wires = []
+        for count in (1, 2, 3):     # one after the other: a connection whose request has not arrived yet may be closed for the next
+            wires.append(self.wire(gateway).send(hostile_chat(['gate', 'busy'], ['answer', '{}', {}])))
+            gateway.engine.wait_at('busy', count)
         answer = self.say(gateway, self.HEALTH)
         self.assertRefused(answer, 503, 'too_many_connections', 'server_error')
         self.assertTrue(1 <= int(answer.get('Retry-After')) <= 60)
@@ -6580,6 +7895,31 @@ def documented_defaults(text):
     return {code(row[0]): None if row[1] == '–' else json.loads(code(row[1])) for row in table_rows(text)}
 
 
+def program_texts():
+    """The strings in the program, less the docstrings and the page."""
+    tree = ast.parse(GOLLAMA.read_text(encoding='utf-8'))
+    docstrings = {node.value.value for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)}
+    strings = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes))]
+    return {text if isinstance(text, str) else text.decode('latin-1') for text in strings} - docstrings - {gollama.PAGE}
+
+
+def program_messages():
+    """What the program tells clients and operators: the texts of its errors, warnings and fatal sentences."""
+    def name_of(function):
+        return function.attr if isinstance(function, ast.Attribute) else getattr(function, 'id', '')
+    places = {'warn': 0, 'error': 0, 'exception': 0, 'GatewayError': 1, 'StartError': 0, '_refusal': 1}
+    told = set()
+    for node in ast.walk(ast.parse(GOLLAMA.read_text(encoding='utf-8'))):
+        place = places.get(name_of(node.func)) if isinstance(node, ast.Call) else None
+        if place is not None and len(node.args) > place:
+            text = node.args[place]
+            while isinstance(text, ast.BinOp):      # "text" % values, "text" + value
+                text = text.left
+            if isinstance(text, ast.Constant) and isinstance(text.value, str) and not text.value.startswith('%s;'):
+                told.add(text.value)
+    return told
+
+
 class DocumentedCase(GatewayCase):
 
     @classmethod
@@ -6626,13 +7966,97 @@ class ReadmeTest(DocumentedCase):
         served = dict(re.findall(r'^# TYPE (\S+) (\S+)$', self.gateway().metrics(), re.M))
         self.assertEqual(documented, served)
 
+    def test_status_table_is_what_is_served(self):
+        """Every key of /status has its place in the table, and the example has them all."""
+        def paths(value, above=''):
+            for name, inner in value.items():
+                nested = above == '' and isinstance(inner, dict)
+                yield from paths(inner, name + '.') if nested else [above + name]
+        section = readme_section('Status page and /status')
+        documented = [name for row in table_rows(section) for name in re.findall('`([^`]+)`', row[0])]
+        running = self.gateway()
+        running.chat()
+        status = eventually(lambda: running.status() if running.status()['recent'] else None)
+        self.assertEqual(sorted(documented), sorted(paths(status)))
+        example = json.loads(re.search(r'^\$ curl \S+/status\n(.*?)^```$', section, re.M | re.S).group(1))
+        self.assertEqual(sorted(paths(example)), sorted(paths(status)))
+        for name in ('recent', 'minutes'):
+            self.assertEqual([list(entry) for entry in example[name]], [list(status[name][0])], name)
+
     def test_messages_it_explains_are_the_programs(self):
-        messages = '\n'.join(node.value for node in ast.walk(ast.parse(GOLLAMA.read_text(encoding='utf-8')))
-                             if isinstance(node, ast.Constant) and isinstance(node.value, str))
+        texts = program_texts()
         for row in table_rows(readme_section('Troubleshooting by message')):
             for message in re.findall('`([^`]+)`', row[0]):
                 for fixed in re.split('…|exit status|signal [0-9].*', message):
-                    self.assertIn(fixed.strip(), messages, message)
+                    self.assertTrue(any(fixed.strip() in text for text in texts), message)
+
+    def test_messages_of_the_program_are_all_explained(self):
+        """What a client or an operator can be told has a row that says what to do."""
+        explained = {max(re.split(' ?… ?|exit status|signal [0-9].*', message), key=len)
+                     for row in table_rows(readme_section('Troubleshooting by message'))
+                     for message in re.findall('`([^`]+)`', row[0])}
+        told = program_messages()
+        self.assertGreater(len(told), 30)
+        self.assertEqual([text for text in sorted(told) if not any(fixed in text for fixed in explained)], [])
+
+    def test_first_answer_is_the_demo_engines(self):
+        """The first curl gets what stands below it."""
+        shown = re.search(r"^\$ curl \S+(/v1/\S+) -d '(.*)'\n(\{.*)\n", readme_text(), re.M)
+        demo = self.gateway(args=['--demo'], env={'GOLLAMA_DEMO_DELAY': '0'})
+        answer = demo.request('POST', shown.group(1), shown.group(2).encode()).body.decode()
+        without_time = functools.partial(re.sub, r'"created": [0-9]+', '')
+        self.assertEqual(without_time(answer), without_time(shown.group(3)))
+        hint = next(line for line in demo.output().splitlines() if line.startswith('  curl '))
+        self.assertIn(hint.replace(str(demo.port), '8081'), readme_text())
+
+    def test_first_error_is_the_programs(self):
+        shown = re.search(r'^\$ curl \S+:8081(/\S*)\n(\{"error".*)$', readme_section('Errors'), re.M)
+        self.assertEqual(self.gateway().request('GET', shown.group(1)).body.decode(), shown.group(2))
+
+    def test_log_line_has_the_programs_fields(self):
+        section = readme_section('Log')
+        shown = parse_logfmt(re.search('^time=.*$', section, re.M).group())
+        running = self.gateway()
+        running.chat()
+        logged = eventually(lambda: running.log('request'))[0]
+        self.assertEqual(list(shown), list(logged))
+        documented = [name for row in table_rows(section) for name in re.findall('`([^`]+)`', row[0])]
+        self.assertEqual(set(documented), set(logged) - {'time', 'level', 'msg'})
+
+    def test_configuration_mistakes_are_told_as_shown(self):
+        shown = re.search(r'^  gollama: .*?(?=^  ```)', readme_section('Configuration'), re.M | re.S).group()
+        with tempfile.TemporaryDirectory() as directory:
+            pathlib.Path(directory, 'config.json').write_text(
+                '{"engine": {"bin": "x"}, "queue": {"max_concurency": 4, "wait_timeout": "5 minutes"}}', encoding='utf-8')
+            done = subprocess.run([sys.executable, str(GOLLAMA), '--config', 'config.json', '--check'], cwd=directory, timeout=30,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.assertEqual(done.returncode, 2)
+        self.assertEqual(done.stderr.decode().splitlines(), textwrap.dedent(shown).splitlines())
+
+    def test_limits_it_names_are_the_programs(self):
+        text = re.sub(r'\s+', ' ', readme_text())
+        for fact in ('`Content-Length` of up to %d MB' % (gollama.WHOLE_ANSWER >> 20),
+                     'whole answer of up to %d MB' % (gollama.HELD_OUTSIDE >> 20),
+                     'a request line over %d KB' % (gollama.LINE_LENGTH >> 10),
+                     'a head over %d KB, or more than %d headers' % (gollama.HEAD_LENGTH >> 10, gollama.HEADER_COUNT),
+                     'and %d forwarded ones' % gollama.KNOWN_PATHS,
+                     'of the last %d minutes' % gollama.MINUTES,
+                     'up to %d s, with each start in a row' % gollama.Backoff.LONGEST,
+                     *('`%s`' % suffix for suffix in gollama.LOCAL_SUFFIXES),
+                     *('`%s`' % state.value for state in gollama.EngineState)):
+            self.assertIn(fact, text)
+
+    def test_unit_is_one_that_systemd_takes(self):
+        unit = next(iter(readme_blocks('ini')))
+        for line in ('Type=notify', 'KillMode=mixed', 'ExecReload=/bin/kill -HUP $MAINPID', 'RestartPreventExitStatus=2'):
+            self.assertIn(line, unit.splitlines())
+        if not shutil.which('systemd-analyze'):
+            self.skipTest('no systemd-analyze on PATH')
+        with tempfile.TemporaryDirectory() as directory:
+            path = pathlib.Path(directory, 'gollama.service')
+            path.write_text(unit.replace('/usr/bin/python3', sys.executable), encoding='utf-8')
+            done = subprocess.run(['systemd-analyze', 'verify', str(path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+        self.assertEqual([line for line in done.stdout.decode().splitlines() if 'gollama.service' in line], [])
 
     def test_links_within_it_lead_to_a_heading(self):
         headings = re.findall(r'^#+ (.*)$', re.sub(r'```.*?```', '', readme_text(), flags=re.S), re.M)
@@ -6725,14 +8149,9 @@ def main(argv):
         return fixture_engine(argv[1:])
     if argv[:1] == ['benchmark'] and 'benchmark' in globals():
         return globals()['benchmark'](argv[1:])
-    faulthandler.dump_traceback_later(600, exit=True)           # instead of a silent hang
-    try:
-        result = unittest.main(module='__main__', argv=[sys.argv[0]] + argv, exit=False).result
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-    for reason in sorted({reason for _, reason in result.skipped}):
-        print('skipped:', reason, file=sys.stderr)
-    return 0 if result.wasSuccessful() else 1
+    if argv[:1] == ['share']:
+        return run_tests([], int(argv[1]))
+    return run_tests(argv) if argv else run_shares()
 
 
 if __name__ == '__main__':
