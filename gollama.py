@@ -2442,16 +2442,18 @@ class EnginePool:
     def __init__(self) -> None:
         self._parked: Deque[EngineConnection] = collections.deque()     # its own operations are atomic
 
-    def take(self, address: Tuple[str, int], generation: int) -> EngineConnection:
+    def take(self, address: Tuple[str, int], generation: int, kept: bool) -> EngineConnection:
+        """A connection, not necessarily connected; a new one where no kept one is wanted, or there."""
         try:
-            while True:
+            while kept:
                 connection = self._parked.pop()
                 idle = time.monotonic() - connection.parked
                 if connection.generation == generation and idle < self.SECONDS and (idle < self.FRESH or not connection.is_dead()):
                     return connection
                 connection.close()
         except IndexError:      # none is left
-            return EngineConnection(address, generation)
+            pass
+        return EngineConnection(address, generation)
 
     def give(self, connection: EngineConnection) -> None:
         if connection.buffer or not DONT_WAIT:     # then nobody could tell later whether it is dead
@@ -2488,6 +2490,7 @@ class EngineAnswer:
             self.whole = connection.whole_body(exchange, self.follower(collect=True))
         else:
             self.follower(collect=False).feed(connection.buffer)    # garbage is found while a second try is still possible
+        # llama-server closes its connection after each stream, and does not say so: a request sent on it would be lost
         self.reusable = self.whole is not None and not head.will_close
 
     def follower(self, collect: bool) -> BodyFollower:
@@ -2497,7 +2500,7 @@ class EngineAnswer:
         return BodyUntilClose(collect) if self.length is None else BodyByLength(self.length, collect)
 
 
-Ask = Callable[[int], EngineAnswer]     # asks the engine of this generation once
+Ask = Callable[[int, TryKind], EngineAnswer]    # asks the engine of this generation once
 
 
 class Upstream:
@@ -2566,20 +2569,21 @@ class Upstream:
                 if kind is not TryKind.SECOND:
                     exchange.queue_seconds = time.monotonic() - exchange.arrived
             try:
-                return ask(generation)
+                return ask(generation, kind)
             except EngineNotAccepting:      # it never had the request: this was no try
                 if deadline.expired:
                     raise self._gate.not_ready() from None
                 self._gate.await_death(exchange)
 
-    def _ask(self, exchange: Exchange, head: RequestHead, body: Body, keyed: bool, generation: int) -> EngineAnswer:
+    def _ask(self, exchange: Exchange, head: RequestHead, body: Body, keyed: bool, generation: int, kind: TryKind) -> EngineAnswer:
         engine = self._watchdog.config      # not the request's own: a reload may have moved the engine while it waited
         exchange.heard = self._watchdog.heard_answer if engine.hang_timeout else None
         message = engine_head(head, len(body), exchange.id, keyed, engine)
         try:
             while True:
+                connection = self.pool.take(engine.base_url, generation, kept=kind is not TryKind.SECOND)
                 with contextlib.suppress(DiedIdle):
-                    return self._ask_on(self.pool.take(engine.base_url, generation), exchange, head.method, message, body)
+                    return self._ask_on(connection, exchange, head.method, message, body)
         except BaseException:
             self._gate.leave(exchange)
             if exchange.gone:
@@ -3637,7 +3641,6 @@ class GatewayHandler(Answering):
         if not stream.ending:
             self._relay(stream)
         result = stream.result or stream.ending
-        answer.reusable = result == 'ok' and not body.excess and not answer.head.will_close and answer.length is None
         if result != 'ok':
             self.keep_alive, exchange.outcome = False, result
         if stream.fault:
