@@ -2009,11 +2009,11 @@ class Relay(threading.Thread):
         with self._selector, self._waker, self._wakened:
             self._listen(self._wakened.fileno(), self.READ, lambda events: self._wakened.recv(4096))
             while True:
-                for what, argument in self._round():
-                    try:
+                try:
+                    for what, argument in self._round():
                         what(argument)
-                    except Exception:       # a fault in one stream is not the others'
-                        log.exception('internal error in the relay')
+                except Exception:       # a fault in one stream is not the others': what was not done comes again in the next round
+                    log.exception('internal error in the relay')
 
     def _round(self) -> Iterator[Tuple[Callable[[Any], object], Any]]:
         """Waits for events; yields what they and the letters want done: (callback, argument)."""
@@ -3641,6 +3641,8 @@ class GatewayHandler(Answering):
         if not stream.ending:
             self._relay(stream)
         result = stream.result or stream.ending
+        if result == 'truncated' and exchange.gone:     # the engine was cut off because the client had left
+            result, stream.fault = 'cancelled', ''
         if result != 'ok':
             self.keep_alive, exchange.outcome = False, result
         if stream.fault:

@@ -6238,6 +6238,7 @@ class OpsCase(GatewayCase):
     def one_of_each_outcome(self):
         """An ok, a refused, a cancelled, a failed and a truncated request."""
         shared = self.shared
+        restarts = shared.status()['engine']['restarts']
         shared.chat()
         shared.chat(headers={'Origin': 'https://elsewhere.example'})
         with shared.open_stream([['event', {}], ['gate', 'never-opened']]) as stream:
@@ -6248,7 +6249,7 @@ class OpsCase(GatewayCase):
             stream.rest()
         wanted = dict(dict.fromkeys(OPS_OUTCOMES, 1), total=5)
         eventually(lambda: self.counted() == wanted, what='one of each')
-        eventually(lambda: shared.health() == 200)
+        eventually(lambda: shared.status()['engine']['restarts'] == restarts + 1 and shared.health() == 200, what='the engine is back')
 
 
 class OpsStatusTests(OpsCase):
