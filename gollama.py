@@ -1850,6 +1850,8 @@ class Exchange(Waiter):
 
 def has_hung_up(sock: socket.socket) -> bool:
     """Whether the other side has closed, behind bytes that nobody reads. Only Linux can tell."""
+    if not POSIX:
+        return False
     waiter = select.poll()
     waiter.register(sock, getattr(select, 'POLLRDHUP', 0))
     return bool(waiter.poll(0))
