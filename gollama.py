@@ -1336,11 +1336,12 @@ CHUNK_LINE = 1024           # bytes of a chunk's size line with its extensions
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _REQUEST_LINE = re.compile(rb'(' + _TOKEN + rb') ([!-~]+) HTTP/1\.(?P<minor>[01])')
 _STATUS_LINE = re.compile(rb'HTTP/1\.(?P<minor>[01]) ([1-9]\d\d)(?: ([^\x00-\x08\x0a-\x1f\x7f]*))?')
-_HEADER_LINE = re.compile(rb'(' + _TOKEN + rb'):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n')     # no obs-fold, no blank before the colon
+# No obs-fold, no blank before the colon. Anchored: else a long line without a colon is tried from each of its bytes.
+_HEADER_LINE = re.compile(rb'^(' + _TOKEN + rb'):([^\x00-\x08\x0a-\x1f\x7f]*)\r\n', re.MULTILINE)
 _NOT_IN_A_HEAD = re.compile(rb'[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?!\n|$)')
 _CHUNK_SIZE = re.compile(rb'([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t -~\x80-\xff]*)?')
 _TARGET = re.compile(r'(?:https?://(?P<authority>[^/?#]+)|(?=/))(?P<path>/[^?#]*)?(?P<query>\?[^#]*)?', re.IGNORECASE)
-_HOST = re.compile(r'(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%-]*)(?::([0-9]{0,5}))?')
+_HOST = re.compile(r'(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]*)(?::([0-9]{0,5}))?')
 _BAD_ESCAPE = re.compile(r'%(?![0-9A-Fa-f]{2})')
 _AMBIGUOUS_PATH = re.compile(rb'[\x00-\x1f\x7f\\]|(?:^|/)\.\.?(?:;[^/]*)?(?:/|$)')
 REQUEST_ID = re.compile(rb'[A-Za-z0-9._:/+=@~-]{1,128}')
@@ -1395,7 +1396,7 @@ def connection_options(names: Sequence[bytes], headers: Headers) -> Set[bytes]:
 def passed_on(names: Sequence[bytes], headers: Headers, dropped: FrozenSet[bytes]) -> List[bytes]:
     """Header lines that go on to the other side: less the hop-by-hop ones, those Connection names, and `dropped`."""
     if b'connection' in names:
-        dropped = dropped | connection_options(names, headers)
+        dropped = dropped | connection_options(names, headers) - {b'content-length'}       # that frames the body
     return [b'%s: %s' % header for name, header in zip(names, headers) if name not in dropped]
 
 
@@ -1611,6 +1612,8 @@ class ChunkedBody(BodyFollower):
     def _no_chunk(self, data: bytes, at: int, line: int) -> bytes:
         """The end mark, whose trailers are dropped, or the beginning of a line: held until it is whole."""
         end = data.find(b'\r\n\r\n', line) if line >= 0 else -1
+        if end - at >= LINE_LENGTH:
+            raise Malformed('the trailers are too long')
         if end >= 0:
             parse_headers(data[line + 2:end + 2])
             self.done, self.excess = True, data[end + 4:]
@@ -2331,7 +2334,7 @@ def engine_head(head: RequestHead, length: int, request_id: str, keyed: bool, en
         lines.append('Authorization: Bearer ' + engine.api_key)
     if engine.api_key or keyed:
         dropped = dropped | CREDENTIALS
-    if length or head.method == 'POST':
+    if head.method == 'POST':
         lines.append('Content-Length: %d' % length)
         if head.fields.get(b'content-type', b'').split(b';')[0].strip().lower() in NO_JSON:
             lines.append('Content-Type: application/json')
@@ -2493,7 +2496,7 @@ class EngineAnswer:
         else:
             self.follower(collect=False).feed(connection.buffer)    # garbage is found while a second try is still possible
         # llama-server closes its connection after each stream, and does not say so: a request sent on it would be lost
-        self.reusable = self.whole is not None and not head.will_close
+        self.reusable = self.whole is not None and not head.will_close and head.status < 400
 
     def follower(self, collect: bool) -> BodyFollower:
         """Follows the body of the answer."""
@@ -2520,9 +2523,11 @@ class Upstream:
 
         A whole answer has left the engine by then. Raises GatewayError: 502 when it broke twice, 503 and 429 at the deadline.
         """
+        data = body.data if head.method == 'POST' else b''      # engines disagree on the framing of a GET that has a body
         answer = self._first_or_second(
-            exchange, functools.partial(self._ask, exchange, head, body.data, bool(config.server.api_keys)), deadline,
+            exchange, functools.partial(self._ask, exchange, head, data, bool(config.server.api_keys)), deadline,
             config.queue.wait_timeout, TryKind.FIRST if head.method == 'POST' else TryKind.LIGHT)
+        del data
         body.release()      # it will not be sent again
         if answer.whole is not None:
             self._part(exchange, answer)
@@ -3061,7 +3066,9 @@ class RequestReader:
             end = connection.buffer.find(b'\r\n\r\n', max(0, seen - 3))
             if end >= 0:
                 break
-            check_size(connection.buffer)
+            last_line = len(connection.buffer) - connection.buffer.rfind(b'\n')
+            if last_line > LINE_LENGTH or len(connection.buffer) > HEAD_LENGTH or connection.buffer.count(b'\n') > HEADER_COUNT + 1:
+                check_size(connection.buffer)
             if _NOT_IN_A_HEAD.search(connection.buffer, max(0, seen - 1)):      # it would never end: bare line feeds, or TLS
                 raise malformed('a control character, a bare CR or a bare LF')
             seen = len(connection.buffer)
@@ -3142,7 +3149,7 @@ class AccessRules:
     def __init__(self, server: ServerConfig) -> None:
         self._keys = [(name, secret.encode()) for name, secret in server.api_keys.items()]
         self._origins = frozenset(server.allowed_origins)
-        self._hosts = frozenset(host_name(urllib.parse.urlsplit(origin).netloc) for origin in server.allowed_origins if origin != '*')
+        self._hosts = frozenset(host_name(origin.partition('://')[2]) for origin in server.allowed_origins if origin != '*')
 
     def client_of(self, head: RequestHead, address: str) -> str:
         """The name of the key, or the address where none is asked for. Raises GatewayError (401)."""
