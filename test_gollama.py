@@ -2292,7 +2292,6 @@ class CoreFilesCase(unittest.TestCase):
 
     def check(self, content, *args):
         """The answer of --check, asked in this process: (exit code, output)."""
-        import gollama
         with tempfile.TemporaryFile('w+', encoding='utf-8') as output:
             with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
                 try:
@@ -6147,7 +6146,7 @@ def hostile_mutate(rng, data):
 
 
 def hostile_reading(data):
-    """The requests a strict reader finds in these bytes, up to the first fault: (method, target, body)."""
+    """The requests a strict reader finds in these bytes, up to the first fault: (method, target, body); only a POST's goes on."""
     found = []
     while True:
         match = HOSTILE_REQUEST.match(data)
@@ -6167,7 +6166,8 @@ def hostile_reading(data):
         if body is None:
             return found
         target = re.sub(r'(?i)^https?://[^/?#]*', '', match[2].decode())
-        found.append((match[1].decode(), target if target.startswith('/') else '/' + target, body))
+        method = match[1].decode()
+        found.append((method, target if target.startswith('/') else '/' + target, body if method == 'POST' else b''))
         data = rest
 
 
