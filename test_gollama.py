@@ -231,9 +231,11 @@ def fixture_engine(argv):
     term = signal.SIG_IGN if options.ignore_sigterm else stop
     engine = FixtureEngine(options, Reporter(options.control))
     try:
-        signal.signal(signal.SIGTERM, term)
-        signal.signal(signal.SIGINT, term)
+        if options.ignore_sigterm:
+            signal.signal(signal.SIGTERM, term)
         engine.start()
+        signal.signal(signal.SIGTERM, term)     # not earlier, as with llama-server: it must not strike within a thread's start
+        signal.signal(signal.SIGINT, term)
         lifeline.lines.readline()               # ends with the test
         os._exit(3)
     except SignalledToStop:
