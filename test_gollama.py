@@ -1293,7 +1293,7 @@ def write_tiny_model(path, embedding_length=64, block_count=2, context=4096):
 
 # ---------------------------------------------------------------------------------------------------
 
-SHARES = 3      # processes that run the tests side by side: they wait more than they compute
+SHARES = 2      # processes that run the tests side by side: they wait more than they compute
 
 
 def run_tests(argv, share=None):
@@ -7352,7 +7352,7 @@ class RealEngineTests(GatewayCase):
                 # By its output alone: llama-server looks after the client of a plain request only when for a second
                 # no result of any request came by, and an answer to /slots is one.
                 eventually(lambda: len(self.cancelled()) > was, left + 1.5 - time.monotonic())
-                self.assertEqual(self.busy_slots(), [])
+                eventually(lambda: not self.busy_slots())        # the line comes a moment before the slot is free
 
     def plain(self, max_tokens):
         body = json.dumps(self.prompt(False, max_tokens)).encode()
