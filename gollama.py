@@ -91,7 +91,7 @@ import threading
 import time
 import traceback
 import urllib.parse
-from typing import (Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping, Optional,
+from typing import (Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
                     Sequence, Set, TextIO, Tuple, Type, Union)
 
 __version__ = '1.0.0'
@@ -506,7 +506,8 @@ def engine_command(config: EngineConfig) -> List[str]:
 # Not the logging module: with two handlers it costs 30 us a line, this 8, and there is a line a
 # request. A line is one write by the thread that has something to say.
 
-DEBUG, INFO, WARN, ERROR = LEVELS = ('debug', 'info', 'warn', 'error')
+LEVELS = ('debug', 'info', 'warn', 'error')
+DEBUG, INFO, WARN, ERROR = range(len(LEVELS))
 PLAIN_WORD = re.compile(r'[!#-<>-~]+')      # visible ASCII without the quote and the equals sign
 ESCAPES = {'"': '\\"', '\\': '\\\\', '\n': '\\n', '\r': '\\r', '\t': '\\t'}
 PIPE_BUF = 4096         # bytes; what a pipe has room for where poll says it takes some
@@ -531,9 +532,14 @@ def logfmt(fields: Mapping[str, object]) -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def time_pattern(second: int) -> str:
+def _time_pattern(second: int) -> str:
     text = time.strftime('%Y-%m-%dT%H:%M:%S.%%03d%z', time.localtime(second))
     return text[:-2] + ':' + text[-2:]
+
+
+def log_time(seconds: float) -> str:
+    """A time (seconds since 1970) as it stands in the log."""
+    return _time_pattern(int(seconds)) % (seconds % 1 * 1000)
 
 
 def write_now(fd: int, data: bytes) -> None:
@@ -628,7 +634,7 @@ class Log:
     """`key=value` lines on stderr and in a file."""
 
     def __init__(self) -> None:
-        self._level = LEVELS.index(INFO)
+        self._level = INFO
         self._file: Optional[LogFile] = None
         self._sinks: List[Sink] = []        # replaced as a whole
 
@@ -644,18 +650,17 @@ class Log:
             sinks.append(Sink('the log file', self._file.write))
         self._level, self._sinks = LEVELS.index(config.log_level), sinks
 
-    def time(self) -> str:
-        """Now, as it stands in the log."""
-        now = time.time()
-        return time_pattern(int(now)) % (now % 1 * 1000)
-
-    def event(self, level: str, message: str, fields: Mapping[str, object]) -> None:
-        """One event is one line, whatever a client or the engine sends."""
-        if LEVELS.index(level) >= self._level:
-            text = 'time=%s level=%s %s\n' % (self.time(), level.upper(), logfmt({'msg': message, **fields}))
-            line = text.encode('utf-8', 'backslashreplace')
+    def line(self, level: int, pairs: str) -> None:
+        """`pairs` are as `logfmt` makes them."""
+        if level >= self._level:
+            line = ('time=%s level=%s %s\n' % (log_time(time.time()), LEVELS[level].upper(), pairs)).encode('utf-8', 'backslashreplace')
             for sink in self._sinks:
                 sink.write(line)
+
+    def event(self, level: int, message: str, fields: Mapping[str, object]) -> None:
+        """One event is one line, whatever a client or the engine sends."""
+        if level >= self._level:
+            self.line(level, logfmt({'msg': message, **fields}))
 
     def info(self, message: str, **fields: object) -> None:
         self.event(INFO, message, fields)
@@ -973,7 +978,9 @@ class TryGate:
 
     def enter(self, exchange: Waiter, deadline: Deadline, kind: TryKind) -> int:
         """Waits until a try may start, and counts it as in the engine of the returned generation. Raises GatewayError (503, 429)."""
-        generation = self._wait(exchange, deadline, lambda: self._entered(exchange, kind))
+        with self._lock:
+            generation = self._entered(exchange, kind)      # at once, as most do
+        generation = generation or self._wait(exchange, deadline, lambda: self._entered(exchange, kind))
         if generation:
             return generation
         if self.is_open:
@@ -986,7 +993,7 @@ class TryGate:
         its_turn = self._replays[0] is exchange if kind is TryKind.SECOND else kind is TryKind.LIGHT or not self._replays
         if not (self.is_open and its_turn):
             return 0
-        if all(other.held_up for other in self._engaged):
+        if not self._engaged or all(other.held_up for other in self._engaged):
             self._engaged_since = time.monotonic()
         self._engaged.add(exchange)
         exchange.cut = None     # of an engine before this one
@@ -1352,6 +1359,12 @@ Body = Union[bytes, bytearray]
 # RFC 9110, section 7.6.1, and the older ones of RFC 2616, section 13.5.1.
 HOP_BY_HOP = frozenset((b'connection', b'keep-alive', b'proxy-authenticate', b'proxy-authorization', b'proxy-connection',
                         b'te', b'trailer', b'transfer-encoding', b'upgrade'))
+# What does not go on to the engine beside the hop-by-hop headers: what is rewritten, what would
+# make llama-server's generation survive its client, and what is between browser and gateway.
+NOT_TO_ENGINE = HOP_BY_HOP | {b'host', b'content-length', b'expect', b'origin', b'x-conversation-id', b'x-request-id'}
+CREDENTIALS = frozenset((b'authorization', b'x-api-key'))
+NOT_TO_CLIENT = HOP_BY_HOP | {b'x-request-id'} | {b'access-control-' + name for name in (
+    b'allow-origin', b'allow-credentials', b'allow-methods', b'allow-headers', b'expose-headers', b'max-age', b'allow-private-network')}
 
 
 class Malformed(ValueError):
@@ -1393,11 +1406,11 @@ def connection_options(names: Sequence[bytes], headers: Headers) -> Set[bytes]:
     return {option.strip().lower() for name, (_, value) in zip(names, headers) if name == b'connection' for option in value.split(b',')}
 
 
-def passed_on(names: Sequence[bytes], headers: Headers, dropped: FrozenSet[bytes]) -> List[bytes]:
+def passed_on(names: Sequence[bytes], headers: Headers, dropped: FrozenSet[bytes]) -> bytes:
     """Header lines that go on to the other side: less the hop-by-hop ones, those Connection names, and `dropped`."""
     if b'connection' in names:
         dropped = dropped | connection_options(names, headers) - {b'content-length'}       # that frames the body
-    return [b'%s: %s' % header for name, header in zip(names, headers) if name not in dropped]
+    return b''.join([b'%s: %s\r\n' % header for name, header in zip(names, headers) if name not in dropped])
 
 
 class MessageHead:
@@ -1440,6 +1453,7 @@ class RequestHead(MessageHead):
 
     target, path, host = '-', '-', ''
     length, chunked, expects = 0, False, False
+    for_engine: Tuple[object, bytes] = (None, b'')      # what was made of it last, and under which circumstances
     fault = ''      # what is wrong beyond the form of its lines, told once it is known whose page asks
 
     def __init__(self, head: bytes) -> None:
@@ -1492,6 +1506,7 @@ class AnswerHead(MessageHead):
         self.chunked, self.length = self.framing()
         self.will_close = not self.keep_alive
         self.event_stream = self.text(b'content-type').lower().startswith('text/event-stream')
+        self.passed = passed_on(self.names, self.headers, NOT_TO_CLIENT)
 
 
 def _caching(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
@@ -1889,6 +1904,7 @@ class Stream:
     def __post_init__(self) -> None:
         self.client = self.exchange.connection.sock
         self._relay = self.exchange.relay
+        self._as_it_is = self.translate == 'raw' and self.body.payload is None
         self._recent: Deque[bytes] = collections.deque(maxlen=8)
 
     @property
@@ -1904,7 +1920,7 @@ class Stream:
                 out = body.feed(data)
             elif not self.exchange.cut:     # else it is no end
                 body.end_of_file()
-            if self.translate != 'raw' or body.payload is not None:
+            if not self._as_it_is:
                 out = self._translated(out)
             if body.done:
                 self.ending = 'ok'
@@ -1934,12 +1950,10 @@ class Stream:
 
     def on_engine(self, events: int) -> None:
         """The engine's socket is readable."""
-        if self.result:
-            return      # ended by another event of the same round: the sockets are its own thread's again
         if self.exchange.gone:
             return self._relay.end(self, 'cancelled')
         try:
-            data = self.engine.recv(RECV_SIZE)
+            data = self.engine.recv(RECV_SIZE, DONT_WAIT)
         except _WOULD_BLOCK:
             return
         except OSError:
@@ -1948,9 +1962,7 @@ class Stream:
 
     def on_client(self, events: int) -> None:
         """The client's socket is readable (it leaves, or pipelines), or takes bytes again."""
-        if self.result:
-            return
-        if events & selectors.EVENT_WRITE:
+        if events & WRITABLE:
             self._pass_on(self.pending)
         elif not self.exchange.read_ahead():
             self._relay.copy(self)
@@ -1958,32 +1970,55 @@ class Stream:
     def _pass_on(self, data: bytes) -> None:
         """To the client; what it does not take is kept."""
         try:
-            taken = self.client.send(data) if data else 0
+            taken = self.client.send(data, DONT_WAIT) if data else 0
         except _WOULD_BLOCK:
             taken = 0
         except OSError:
             return self._relay.end(self, 'cancelled')
-        rest = data[taken:]
-        if rest != self.pending:        # it comes to a stop, gets on a little, or flows again
-            self.pending = rest
+        if taken < len(data) or self.pending:       # it comes to a stop, gets on a little, or flows again
+            self.pending = data[taken:]
             self._relay.copy(self)
-        if self.ending and not rest:
+        if self.ending and not self.pending:
             self._relay.end(self, self.ending)
 
 
+READABLE, WRITABLE = 1, 4       # EPOLLIN, EPOLLOUT
+
+
+class PortableEpoll:
+    """What the relay needs of `select.epoll`, where there is none. Not everywhere: the selectors' own
+    bookkeeping is a tenth of what a token costs."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+
+    def register(self, fd: int, events: int) -> None:
+        self._selector.register(fd, bool(events & READABLE) * selectors.EVENT_READ | bool(events & WRITABLE) * selectors.EVENT_WRITE)
+
+    def unregister(self, fd: int) -> None:
+        self._selector.unregister(fd)
+
+    def poll(self, timeout: Optional[float]) -> List[Tuple[int, int]]:
+        return [(key.fd, bool(events & selectors.EVENT_READ) * READABLE | bool(events & selectors.EVENT_WRITE) * WRITABLE)
+                for key, events in self._selector.select(timeout)]
+
+    def close(self) -> None:
+        self._selector.close()
+
+
 class Relay(threading.Thread):
-    """The one selector thread: watches the clients of requests that last, and copies all streams.
+    """The one thread that waits for many sockets: watches the clients of requests that last, and copies all streams.
 
     All of it belongs to this thread; others post to its mailbox. A client that does not read
     holds up nobody: what it did not take is kept (one piece), and its engine's socket rests.
     """
 
-    READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
     GLANCE = 0.5        # seconds between two looks at clients that take no bytes
 
-    def __init__(self) -> None:
+    def __init__(self, epoll: Callable[[], Any] = getattr(select, 'epoll', PortableEpoll)) -> None:
         super().__init__(name='relay', daemon=True)
-        self._selector = selectors.DefaultSelector()
+        self._epoll = epoll()
+        self._listeners: Dict[int, Callable[[int], object]] = {}    # by descriptor: what is called with its events
         self._mail: Deque[Tuple[Callable[[Any], None], Any]] = collections.deque()
         self._waker, self._wakened = socket.socketpair()
         self._waker.setblocking(False)
@@ -2011,24 +2046,25 @@ class Relay(threading.Thread):
     # -- its own thread
 
     def run(self) -> None:
-        with self._selector, self._waker, self._wakened:
-            self._listen(self._wakened.fileno(), self.READ, lambda events: self._wakened.recv(4096))
+        with contextlib.closing(self._epoll), self._waker, self._wakened:
+            self._listen(self._wakened.fileno(), READABLE, lambda events: self._wakened.recv(4096))
             while True:
                 try:
-                    for what, argument in self._round():
-                        what(argument)
+                    self._round()
                 except Exception:       # a fault in one stream is not the others': what was not done comes again in the next round
                     log.exception('internal error in the relay')
 
-    def _round(self) -> Iterator[Tuple[Callable[[Any], object], Any]]:
-        """Waits for events; yields what they and the letters want done: (callback, argument)."""
-        for key, events in self._selector.select(self.GLANCE if self._held or self._stuffed else None):
-            yield key.data, events
+    def _round(self) -> None:
+        """Waits for events, and does what they and the letters want done."""
+        for fd, events in self._epoll.poll(0 if self._mail else self.GLANCE if self._held or self._stuffed else None):
+            if fd in self._listeners:       # else ended by another event of the same round
+                self._listeners[fd](events)
         if self._held or self._stuffed:
             self._glance()
         self._asleep = True     # before the box is emptied: a letter that comes now rings
         while self._mail:
-            yield self._mail.popleft()
+            what, argument = self._mail.popleft()
+            what(argument)
 
     def _glance(self) -> None:
         """Gives up clients that take no bytes for too long, and those that left behind the much that they had pipelined."""
@@ -2039,12 +2075,16 @@ class Relay(threading.Thread):
                 self._stuffed.discard(exchange)
                 exchange.break_off(gone=True)
 
-    def _listen(self, fd: int, events: int, callback: Optional[Callable[[int], object]] = None) -> None:
+    def _listen(self, fd: int, events: int, listener: Callable[[int], object] = abs) -> None:
         """From now on to these events (0: none). The number may still stand there for a socket that was closed."""
-        if fd in self._selector.get_map():
-            self._selector.unregister(fd)
+        if self._listeners.pop(fd, None):
+            try:
+                self._epoll.unregister(fd)
+            except OSError:
+                pass
         if events:
-            self._selector.register(fd, events, callback)
+            self._epoll.register(fd, events)
+            self._listeners[fd] = listener
 
     def end(self, stream: Stream, result: str) -> None:
         self._held.pop(stream, None)
@@ -2063,7 +2103,7 @@ class Relay(threading.Thread):
                 self.unwatch(exchange)
                 self._stuffed.add(exchange)
         if not exchange.finished:
-            self._listen(exchange.connection.fd, self.READ, on_client)
+            self._listen(exchange.connection.fd, READABLE, on_client)
 
     def unwatch(self, exchange: Exchange) -> None:
         self._listen(exchange.connection.fd, 0)
@@ -2080,8 +2120,8 @@ class Relay(threading.Thread):
         reads = len(exchange.connection.buffer) < READ_AHEAD
         if not reads:
             self._stuffed.add(exchange)
-        self._listen(stream.engine.fileno(), 0 if rests else self.READ, stream.on_engine)
-        self._listen(stream.client.fileno(), self.READ * reads | self.WRITE * rests, stream.on_client)
+        self._listen(stream.engine.fileno(), 0 if rests else READABLE, stream.on_engine)
+        self._listen(stream.client.fileno(), READABLE * reads | WRITABLE * rests, stream.on_client)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2317,29 +2357,33 @@ CONNECT_TIMEOUT = 0.5           # seconds; a wedged engine's backlog is full, an
 SMALL_BODY = 65536              # bytes; up to here head and body leave in one call, and fit into a socket's buffer
 PEEK_NOW = int(socket.MSG_PEEK) | DONT_WAIT
 
-# What does not go on to the engine beside the hop-by-hop headers: what is rewritten, what would
-# make llama-server's generation survive its client, and what is between browser and gateway.
-NOT_TO_ENGINE = HOP_BY_HOP | {b'host', b'content-length', b'expect', b'origin', b'x-conversation-id', b'x-request-id'}
-CREDENTIALS = frozenset((b'authorization', b'x-api-key'))
-NOT_TO_CLIENT = HOP_BY_HOP | {b'x-request-id'} | {b'access-control-' + name for name in (
-    b'allow-origin', b'allow-credentials', b'allow-methods', b'allow-headers', b'expose-headers', b'max-age', b'allow-private-network')}
 NO_JSON = (b'', b'application/x-www-form-urlencoded')       # content types of a plain `curl -d`
 
 
-def engine_head(head: RequestHead, length: int, request_id: str, keyed: bool, engine: EngineConfig) -> bytes:
-    """The head of the request as the engine gets it; `keyed`: the client's credentials are the gateway's business."""
-    lines = ['%s %s HTTP/1.1' % (head.method, head.target), 'Host: ' + bracketed(*engine.base_url), 'X-Request-Id: ' + request_id]
+def engine_lines(head: RequestHead, keyed: bool, engine: EngineConfig) -> bytes:
+    """What is the same in all requests with this head."""
+    lines = ['%s %s HTTP/1.1' % (head.method, head.target), 'Host: ' + bracketed(*engine.base_url)]
     dropped = NOT_TO_ENGINE
     if engine.api_key:
         lines.append('Authorization: Bearer ' + engine.api_key)
     if engine.api_key or keyed:
         dropped = dropped | CREDENTIALS
+    if head.method == 'POST' and head.fields.get(b'content-type', b'').split(b';')[0].strip().lower() in NO_JSON:
+        lines.append('Content-Type: application/json')
+        dropped = dropped | {b'content-type'}
+    return '\r\n'.join([*lines, '']).encode() + passed_on(head.names, head.headers, dropped)
+
+
+def engine_head(head: RequestHead, length: int, request_id: str, keyed: bool, engine: EngineConfig) -> bytes:
+    """The head of the request as the engine gets it; `keyed`: the client's credentials are the gateway's business."""
+    circumstances = keyed, engine.base_url, engine.api_key
+    made_for, lines = head.for_engine
+    if made_for != circumstances:       # a kept connection repeats its heads
+        lines = engine_lines(head, keyed, engine)
+        head.for_engine = circumstances, lines
     if head.method == 'POST':
-        lines.append('Content-Length: %d' % length)
-        if head.fields.get(b'content-type', b'').split(b';')[0].strip().lower() in NO_JSON:
-            lines.append('Content-Type: application/json')
-            dropped = dropped | {b'content-type'}
-    return b'\r\n'.join(['\r\n'.join(lines).encode(), *passed_on(head.names, head.headers, dropped), b'', b''])
+        return b'%sX-Request-Id: %s\r\nContent-Length: %d\r\n\r\n' % (lines, request_id.encode(), length)
+    return b'%sX-Request-Id: %s\r\n\r\n' % (lines, request_id.encode())
 
 
 class EngineConnection(http.client.HTTPConnection):
@@ -2353,6 +2397,7 @@ class EngineConnection(http.client.HTTPConnection):
         self.parked = 0.0               # since when it is idle, monotonic
         self.buffer = b''               # received and not yet used
         self.waited = False             # longer than RELAY_AFTER
+        self.streamed = False           # its last answer was a stream
         self._refused = False           # what was sent met a socket that the engine had closed
 
     def connect(self) -> None:
@@ -2443,9 +2488,14 @@ class EnginePool:
     KEPT = 8
     SECONDS = 3.0
     FRESH = 0.001       # seconds; who was parked this very moment is not asked whether it is dead
+    PROBATION = 0.5     # seconds in which an engine that closes connections after streams has done so
 
     def __init__(self) -> None:
         self._parked: Deque[EngineConnection] = collections.deque()     # its own operations are atomic
+        # llama-server closes a connection after a stream, and does not say so: a request sent on it meanwhile
+        # would be lost. Other engines keep it. So the first one of each engine is put on probation.
+        self._on_probation: Deque[EngineConnection] = collections.deque()
+        self._keeps_after_stream = 0, False     # what is known: an engine's generation, and whether it does
 
     def take(self, address: Tuple[str, int], generation: int, kept: bool) -> EngineConnection:
         """A connection, not necessarily connected; a new one where no kept one is wanted, or there."""
@@ -2453,8 +2503,11 @@ class EnginePool:
             while kept:
                 connection = self._parked.pop()
                 idle = time.monotonic() - connection.parked
-                if connection.generation == generation and idle < self.SECONDS and (idle < self.FRESH or not connection.is_dead()):
-                    return connection
+                if connection.generation == generation and idle < self.SECONDS:
+                    if idle < self.FRESH and not connection.streamed or not connection.is_dead():
+                        return connection
+                    if connection.streamed:
+                        self._keeps_after_stream = generation, False
                 connection.close()
         except IndexError:      # none is left
             pass
@@ -2467,16 +2520,28 @@ class EnginePool:
             connection.waited = False
             set_socket_timeout(connection.sock, socket.SO_RCVTIMEO, RELAY_AFTER)
         connection.parked = time.monotonic()
+        if connection.streamed and self._keeps_after_stream != (connection.generation, True):
+            return self._put_on_probation(connection)
         self._parked.append(connection)
         if len(self._parked) > self.KEPT:
             self.expire(self.SECONDS)
 
     def expire(self, seconds: float) -> None:
-        """Closes what has been idle for longer, or is too many."""
+        """Closes what has been idle for longer, or is too many; and says what became of the one on probation."""
         now = time.monotonic()
         with contextlib.suppress(IndexError):       # another thread was faster
-            while len(self._parked) > self.KEPT or now - self._parked[0].parked > seconds:
+            while len(self._parked) > self.KEPT or self._parked and now - self._parked[0].parked > seconds:
                 self._parked.popleft().close()
+            while self._on_probation and now - self._on_probation[0].parked > min(self.PROBATION, seconds):
+                connection = self._on_probation.popleft()
+                self._keeps_after_stream = connection.generation, not connection.is_dead()
+                connection.close()
+
+    def _put_on_probation(self, connection: EngineConnection) -> None:
+        if self._on_probation or self._keeps_after_stream[0] == connection.generation:
+            connection.close()
+        else:
+            self._on_probation.append(connection)
 
 
 class EngineAnswer:
@@ -2489,14 +2554,17 @@ class EngineAnswer:
         self.length = 0 if method == 'HEAD' or head.status in (204, 304) else head.length
         self.chunked = head.chunked and self.length != 0
         self.whole: Optional[bytes] = None
-        if self.length == 0:
+        if self.length == len(connection.buffer):
+            self.whole, connection.buffer = connection.buffer, b''      # it has come with its head, as most do
+        elif self.length == 0:
             self.whole = b''
         elif (exchange.head_sent and not head.event_stream) or self.length is not None and self.length <= WHOLE_ANSWER:
             self.whole = connection.whole_body(exchange, self.follower(collect=True))
         else:
             self.follower(collect=False).feed(connection.buffer)    # garbage is found while a second try is still possible
-        # llama-server closes its connection after each stream, and does not say so: a request sent on it would be lost
-        self.reusable = self.whole is not None and not head.will_close and head.status < 400
+        connection.streamed = self.whole is None
+        framed = self.chunked or self.length is not None
+        self.reusable = framed and not head.will_close and head.status < 400    # once it has come to its end
 
     def follower(self, collect: bool) -> BodyFollower:
         """Follows the body of the answer."""
@@ -2533,6 +2601,9 @@ class Upstream:
             self._part(exchange, answer)
         try:
             yield answer
+        except BaseException:
+            answer.reusable = False
+            raise
         finally:
             if answer.whole is None:
                 self._part(exchange, answer)
@@ -2589,8 +2660,10 @@ class Upstream:
         try:
             while True:
                 connection = self.pool.take(engine.base_url, generation, kept=kind is not TryKind.SECOND)
-                with contextlib.suppress(DiedIdle):
+                try:
                     return self._ask_on(connection, exchange, head.method, message, body)
+                except DiedIdle:
+                    pass
         except BaseException:
             self._gate.leave(exchange)
             if exchange.gone:
@@ -2653,6 +2726,31 @@ class Histogram:
         return [*buckets, ('_sum', self._sum), ('_count', totals[-1])]
 
 
+class Record(NamedTuple):
+    """What the log says of a request that is over."""
+    id: str
+    client: str
+    method: str
+    path: str
+    status: int
+    outcome: str
+    queue_ms: float
+    first_byte_ms: Optional[float]
+    total_ms: float
+    bytes: int
+    tokens: Optional[int]
+
+    def fields(self) -> Dict[str, object]:
+        return {name: round(value, 1) if type(value) is float else value for name, value in self._asdict().items()}
+
+    def pairs(self) -> str:
+        """As `logfmt` writes it, which takes five times as long as the usual case, where nothing has to be quoted."""
+        if None in self or not PLAIN_WORD.fullmatch(self.id + self.client + self.path):
+            return logfmt({'msg': 'request', **self.fields()})
+        return ('msg=request id=%s client=%s method=%s path=%s status=%s outcome=%s '
+                'queue_ms=%.1f first_byte_ms=%.1f total_ms=%.1f bytes=%s tokens=%s' % self)     # type: ignore[str-format]
+
+
 class Metrics:
     """What happened so far: counters, histograms, the recent requests. All bounded."""
 
@@ -2665,28 +2763,31 @@ class Metrics:
         self._outcomes = dict.fromkeys(OUTCOMES, 0)
         self._tokens = {'prompt': 0, 'completion': 0}
         self._queue_wait, self._first_byte, self._duration = Histogram(), Histogram(), Histogram()
-        self._recent: Deque[Dict[str, object]] = collections.deque(maxlen=20)
+        self._recent: Deque[Tuple[float, Record]] = collections.deque(maxlen=20)
         self._minutes: Deque[Dict[str, int]] = collections.deque(maxlen=MINUTES)
 
-    def record(self, exchange: Exchange, fields: Dict[str, object], seconds: float) -> None:
-        """A request is over; `fields` are its log line."""
+    def note(self, exchange: Exchange, record: Record, seconds: float) -> None:
+        """A request is over, `seconds` after it began."""
+        now = time.time()
         with self._lock:
-            self._answers[self._label(exchange), exchange.status or 0] += 1
+            self._answers[self._label(exchange), record.status] += 1
             if not exchange.counted:
                 return
-            self._outcomes[exchange.outcome] += 1
+            self._outcomes[record.outcome] += 1
             self._duration.observe(seconds)
             self._queue_wait.observe(exchange.queue_seconds)
             if exchange.first_byte is not None:
                 self._first_byte.observe(exchange.first_byte - exchange.started)
-            self._tokens['prompt'] += exchange.prompt_tokens or 0
-            self._tokens['completion'] += exchange.tokens or 0
-            self._recent.append({'time': log.time(), **fields})
-            minute = int(time.time()) // 60 * 60
-            if not self._minutes or self._minutes[-1]['at'] != minute:
-                self._minutes.append({'at': minute, 'requests': 0, 'tokens': 0})
-            self._minutes[-1]['requests'] += 1
-            self._minutes[-1]['tokens'] += exchange.tokens or 0
+            self._recent.append((now, record))
+            minute = self._minutes[-1] if self._minutes else {'at': -60}
+            if now >= minute['at'] + 60:
+                minute = {'at': int(now) // 60 * 60, 'requests': 0, 'tokens': 0}
+                self._minutes.append(minute)
+            minute['requests'] += 1
+            if exchange.tokens or exchange.prompt_tokens:
+                self._tokens['prompt'] += exchange.prompt_tokens or 0
+                self._tokens['completion'] += exchange.tokens or 0
+                minute['tokens'] += exchange.tokens or 0
 
     def _label(self, exchange: Exchange) -> str:
         path = exchange.path
@@ -2701,7 +2802,8 @@ class Metrics:
         with self._lock:
             return {'uptime_seconds': round(time.monotonic() - self._started, 3),
                     'requests': {'total': sum(self._outcomes.values()), **self._outcomes},
-                    'tokens': dict(self._tokens), 'recent': list(self._recent), 'minutes': [dict(m) for m in self._minutes]}
+                    'tokens': dict(self._tokens), 'recent': [{'time': log_time(at), **record.fields()} for at, record in self._recent],
+                    'minutes': [dict(m) for m in self._minutes]}
 
     def text(self) -> str:
         """In Prometheus' text format."""
@@ -2720,7 +2822,7 @@ class Metrics:
             metric('gollama_request_seconds', 'histogram', 'Time from a request to the end of its answer.', durations)])
 
 
-_USAGE = re.compile(rb'(?<!\\)"(completion_tokens|predicted_n|prompt_tokens|prompt_n)"\s*:\s*(\d{1,12})')
+_USAGE = re.compile(rb'"(completion_tokens|predicted_n|prompt_tokens|prompt_n)"\s*:\s*(\d{1,12})')
 _ERROR_EVENT = re.compile(rb'^(?:data: ?\{\s*"error"\s*:|error: ?\{)', re.MULTILINE)
 
 
@@ -3080,13 +3182,18 @@ class RequestReader:
         except Malformed as error:
             raise malformed(error) from None
 
+    def body_at_once(self, head: RequestHead, body: RequestBody) -> bool:
+        """Takes the body that has come with its head, as most do; False where it has not. Raises GatewayError (429)."""
+        connection = self._connection
+        if head.chunked or head.length > len(connection.buffer):
+            return False
+        body.hold(head.length)
+        body.data, connection.buffer = connection.buffer[:head.length], connection.buffer[head.length:]
+        return True
+
     def body(self, head: RequestHead, body: RequestBody, server: ServerConfig) -> None:
         """Reads the body whole. Raises GatewayError (400, 408, 413, 429) and ClientGone."""
         connection = self._connection
-        if not head.chunked and head.length <= len(connection.buffer):      # as most are
-            body.hold(head.length)
-            body.data, connection.buffer = connection.buffer[:head.length], connection.buffer[head.length:]
-            return
         if head.expects and head.version11:
             connection.send(b'HTTP/1.1 100 Continue\r\n\r\n', server.write_timeout)
         follower = ChunkedBody(collect=True) if head.chunked else BodyByLength(head.length, collect=True)
@@ -3291,12 +3398,11 @@ def new_request_id() -> str:
     return _REQUEST_ID_PREFIX + '%x' % next(_REQUEST_IDS)
 
 
-def render_head(status: int, lines: Sequence[str], reason: Optional[bytes] = None,
-                passed: Sequence[bytes] = (b'Server: gollama',)) -> bytes:
+def render_head(status: int, lines: Sequence[str], reason: Optional[bytes] = None, passed: bytes = b'Server: gollama\r\n') -> bytes:
     """The head of an answer. `reason` and `passed`, further header lines, are the engine's where the answer is."""
     if reason is None:
         reason = http.client.responses[status].encode()
-    return b'\r\n'.join([b'HTTP/1.1 %d %s' % (status, reason), '\r\n'.join(lines).encode('latin-1'), *passed, b'', b''])
+    return b'HTTP/1.1 %d %s\r\n%s\r\n%s\r\n' % (status, reason, '\r\n'.join(lines).encode('latin-1'), passed)
 
 
 def error_lines(error: GatewayError) -> List[str]:
@@ -3387,6 +3493,8 @@ class GatewayServer(http.server.ThreadingHTTPServer):
 # HTTP front: answering
 
 PROBES = ('/healthz', '/livez')     # for monitors: neither a key nor a known Host is asked for
+OPEN_PATHS = (*PROBES, '/')         # no key is asked for
+METHODS = ('GET', 'HEAD', 'POST')
 NO_HEAD = RequestHead(b'GET / HTTP/1.1\r\nHost: -\r\n')     # stands for the head of a request that has not been read
 
 # A JSON parser would recurse as deep as a hostile body likes, on a thread's small stack. Inside a
@@ -3470,13 +3578,11 @@ class Answering(socketserver.BaseRequestHandler):
         exchange, seconds = self.exchange, time.monotonic() - self.exchange.started
         if exchange.status is None:
             exchange.status = 499       # nginx's: the client left before an answer
-        first = None if exchange.first_byte is None else round((exchange.first_byte - exchange.started) * 1000, 1)
-        fields: Dict[str, object] = {
-            'id': exchange.id, 'client': exchange.client, 'method': exchange.method[:20], 'path': exchange.path[:200],
-            'status': exchange.status, 'outcome': exchange.outcome, 'queue_ms': round(exchange.queue_seconds * 1000, 1),
-            'first_byte_ms': first, 'total_ms': round(seconds * 1000, 1), 'bytes': exchange.sent, 'tokens': exchange.tokens}
-        self.gateway.metrics.record(exchange, fields, seconds)
-        log.event(DEBUG if exchange.path in OWN_PATHS[1:] else INFO, 'request', fields)
+        first = None if exchange.first_byte is None else (exchange.first_byte - exchange.started) * 1000
+        record = Record(exchange.id, exchange.client, exchange.method[:20], exchange.path[:200], exchange.status, exchange.outcome,
+                        exchange.queue_seconds * 1000, first, seconds * 1000, exchange.sent, exchange.tokens)
+        self.gateway.metrics.note(exchange, record, seconds)
+        log.line(DEBUG if exchange.path in OWN_PATHS[1:] else INFO, record.pairs())
 
 
 HELD_OUTSIDE = 1024 ** 2     # bytes; an answer up to here gives its slot on before its client has taken it: slow clients shall not pile up more
@@ -3537,7 +3643,7 @@ class GatewayHandler(Answering):
         if given and REQUEST_ID.fullmatch(given):
             exchange.id = given.decode()
         forwarded = head.path not in OWN_PATHS and head.path.startswith(self.config.server.forward)
-        exchange.counted = forwarded and head.method in ('GET', 'HEAD', 'POST')
+        exchange.counted = forwarded and head.method in METHODS
         from_page = b'origin' in head.fields
         self.cors = rules.cors(head) if from_page else []
         if head.fault:
@@ -3548,7 +3654,7 @@ class GatewayHandler(Answering):
             rules.check_host(head)
         if head.method == 'OPTIONS' and self.cors:
             return self.answer(204, b'', rules.preflight(head))
-        if head.path not in (*PROBES, '/'):
+        if head.path not in OPEN_PATHS:
             exchange.client = rules.client_of(head, self.connection.address)
         if forwarded:
             self._allow('GET, HEAD, POST')
@@ -3562,7 +3668,7 @@ class GatewayHandler(Answering):
 
     def _allow(self, methods: str) -> None:
         method = self.head.method
-        if method not in methods.split(', '):
+        if method not in METHODS or method not in methods:
             raise GatewayError('method_not_allowed', '%s is not allowed here; use %s' % (method[:20], methods),
                                headers=['Allow: ' + methods])
 
@@ -3588,9 +3694,10 @@ class GatewayHandler(Answering):
         if head.length > config.server.max_body:
             raise body_too_large(config.server)
         takes_slot = head.method == 'POST'
-        if takes_slot:
-            queue.check_room(head.length)
-        self.reader.body(head, self.body, config.server)
+        if not self.reader.body_at_once(head, self.body):
+            if takes_slot:
+                queue.check_room(head.length)
+            self.reader.body(head, self.body, config.server)
         if self.unread:
             self._complete()
         exchange.arrived = time.monotonic()
@@ -3624,7 +3731,7 @@ class GatewayHandler(Answering):
             read_answer(exchange, text, answer.head.event_stream)
 
     def _forwarded_head(self, head: AnswerHead, lines: Sequence[str]) -> bytes:
-        return self.open_answer(head.status, lines, head.reason, passed_on(head.names, head.headers, NOT_TO_CLIENT))
+        return self.open_answer(head.status, lines, head.reason, head.passed)
 
     def _pass_whole(self, exchange: Exchange, head: AnswerHead, body: bytes) -> None:
         if exchange.head_sent:      # with heartbeats
@@ -3654,6 +3761,7 @@ class GatewayHandler(Answering):
             result, stream.fault = 'cancelled', ''
         if result != 'ok':
             self.keep_alive, exchange.outcome = False, result
+        answer.reusable = answer.reusable and result == 'ok' and not body.excess
         if stream.fault:
             log.warn('answer broken off', id=exchange.id, why=stream.fault)
         return stream.recent
@@ -3687,14 +3795,15 @@ class GatewayHandler(Answering):
         exchange = stream.exchange
         exchange.rearm()
         exchange.watched = True
-        stream.engine.setblocking(False)
-        stream.client.setblocking(False)
+        sockets = () if DONT_WAIT else (stream.engine, stream.client)       # else each call says so itself
+        for sock in sockets:
+            sock.setblocking(False)
         exchange.relay.post(exchange.relay.copy, stream)
         while not stream.result:
             exchange.wait_for_relay()
             exchange.rearm()
-        stream.engine.setblocking(True)
-        stream.client.setblocking(True)
+        for sock in sockets:
+            sock.setblocking(True)
 
 
 # ---------------------------------------------------------------------------------------------
