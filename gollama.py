@@ -503,8 +503,8 @@ def engine_command(config: EngineConfig) -> List[str]:
 # ---------------------------------------------------------------------------------------------
 # Logging
 #
-# Not the logging module: with two handlers it costs 30 us a line, this 8, and there is a line a
-# request. A line is one write by the thread that has something to say.
+# Not the logging module: with two handlers it costs 30 us a line, this 5, and there is a line a
+# request. Its thread writes it; among many requests they are written some together (see Log.line).
 
 LEVELS = ('debug', 'info', 'warn', 'error')
 DEBUG, INFO, WARN, ERROR = range(len(LEVELS))
@@ -618,25 +618,29 @@ class Sink:
     def __init__(self, name: str, put: Callable[[bytes], object]) -> None:
         self._name, self._put, self._dropped = name, put, 0
 
-    def write(self, line: bytes) -> None:
+    def write(self, lines: bytes) -> None:
         try:
             if self._dropped:
                 self._put(b'level=WARN msg="log lines dropped" count=%d\n' % self._dropped)
                 self._dropped = 0
-            self._put(line)
+            self._put(lines)
         except OSError as error:
             if not self._dropped:
                 say('gollama: %s cannot be written, going on without it: %s' % (self._name, error), sys.stderr)
-            self._dropped += 1
+            self._dropped += lines.count(b'\n')
 
 
 class Log:
     """`key=value` lines on stderr and in a file."""
 
+    TOGETHER = 0.05     # seconds; lines that can wait are written so often
+
     def __init__(self) -> None:
         self._level = INFO
         self._file: Optional[LogFile] = None
         self._sinks: List[Sink] = []        # replaced as a whole
+        self._pending: Deque[bytes] = collections.deque()      # its own operations are atomic
+        self._flushed = 0.0                 # when last, seconds since 1970
 
     def configure(self, config: LoggerConfig) -> None:
         """Opens the file (anew, so that a reload follows a moved one). Raises OSError; then nothing has changed."""
@@ -650,12 +654,37 @@ class Log:
             sinks.append(Sink('the log file', self._file.write))
         self._level, self._sinks = LEVELS.index(config.log_level), sinks
 
-    def line(self, level: int, pairs: str) -> None:
-        """`pairs` are as `logfmt` makes them."""
+    def line(self, level: int, pairs: str, can_wait: bool = False) -> None:
+        """`pairs` are as `logfmt` makes them. One that can wait does so for the next line, or for `flush`.
+
+        Each write gives the interpreter lock away, and among eight clients winning it back costs
+        more than the write: a line a request, at once, took a quarter of the requests per second.
+        """
         if level >= self._level:
-            line = ('time=%s level=%s %s\n' % (log_time(time.time()), LEVELS[level].upper(), pairs)).encode('utf-8', 'backslashreplace')
-            for sink in self._sinks:
-                sink.write(line)
+            now = time.time()
+            self._pending.append(('time=%s level=%s %s\n' % (log_time(now), LEVELS[level].upper(), pairs)).encode('utf-8', 'backslashreplace'))
+            if not can_wait or now - self._flushed > self.TOGETHER:
+                self._flushed = now
+                self.flush()
+
+    def flush(self) -> None:
+        """Writes what waits: whole lines, as many together as a pipe takes."""
+        block = b''
+        while self._pending:
+            try:
+                line = self._pending.popleft()
+            except IndexError:      # another thread was faster
+                break
+            if block and len(block) + len(line) > PIPE_BUF:
+                self._write(block)
+                block = b''
+            block += line
+        if block:
+            self._write(block)
+
+    def _write(self, lines: bytes) -> None:
+        for sink in self._sinks:
+            sink.write(lines)
 
     def event(self, level: int, message: str, fields: Mapping[str, object]) -> None:
         """One event is one line, whatever a client or the engine sends."""
@@ -1591,6 +1620,16 @@ class ChunkedBody(BodyFollower):
         self.announced = 0      # payload bytes of all chunks whose size is known
 
     def feed(self, data: bytes) -> bytes:
+        line = data.find(b'\r\n', 0, CHUNK_LINE)
+        size = len(data) - line - 4
+        if (self._left or self._held or self.payload is not None or line < 1 or size < 4
+                or not data.endswith(b'\r\n') or parse_chunk_size(data[:line]) != size):
+            return self._feed(data)
+        self.announced += size          # just one whole chunk, as most tokens come: in half of the time
+        self.tail = data[-6:-2]
+        return data
+
+    def _feed(self, data: bytes) -> bytes:
         """One round a chunk, and a fast engine sends hundreds of them in a piece: hence one flat loop."""
         if self._held:
             data, self._held = self._held + data, b''
@@ -1787,11 +1826,6 @@ class Exchange(Waiter):
         if self.refusal:
             raise self.refusal
 
-    def wait_for_relay(self) -> None:
-        """Until the relay says that a stream is over."""
-        assert self._event is not None
-        self._event.wait()
-
     def watch(self) -> None:
         """From now on the relay notices when the client leaves. Not done at once: most requests are over before."""
         if not self.watched:
@@ -1904,8 +1938,18 @@ class Stream:
     def __post_init__(self) -> None:
         self.client = self.exchange.connection.sock
         self._relay = self.exchange.relay
+        self._over = threading.Lock()       # held until the relay is done with it
+        self._over.acquire()
         self._as_it_is = self.translate == 'raw' and self.body.payload is None
         self._recent: Deque[bytes] = collections.deque(maxlen=8)
+
+    def wait(self) -> None:
+        """Until the relay is done with it."""
+        self._over.acquire()
+
+    def end(self, result: str) -> None:
+        self.result = result
+        self._over.release()
 
     @property
     def recent(self) -> bytes:
@@ -2091,8 +2135,7 @@ class Relay(threading.Thread):
         self._listen(stream.engine.fileno(), 0)
         self._listen(stream.client.fileno(), 0)
         stream.exchange.held_up = False
-        stream.result = result
-        stream.exchange.wake()
+        stream.end(result)
 
     # -- letters
 
@@ -2386,13 +2429,35 @@ def engine_head(head: RequestHead, length: int, request_id: str, keyed: bool, en
     return b'%sX-Request-Id: %s\r\n\r\n' % (lines, request_id.encode())
 
 
+def connected_socket(host: str, port: int) -> socket.socket:
+    """Raises OSError, also after CONNECT_TIMEOUT.
+
+    `socket.create_connection` would do for all: a look-up and six more system calls, half of the
+    time, and with each of the calls the interpreter lock changes hands in a crowd.
+    """
+    if not (sys.platform == 'linux' and re.fullmatch(r'[0-9.]+', host)):
+        sock = socket.create_connection((host, port), CONNECT_TIMEOUT)
+        sock.settimeout(None)
+    else:
+        sock = socket.socket()
+        try:
+            set_socket_timeout(sock, socket.SO_SNDTIMEO, CONNECT_TIMEOUT)       # also connect's, on Linux
+            sock.connect((host, port))
+            set_socket_timeout(sock, socket.SO_SNDTIMEO, math.inf)
+        except BaseException:
+            sock.close()
+            raise
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
 class EngineConnection(http.client.HTTPConnection):
     """A connection to the engine. Sends by http.client; reads heads itself, leaner and stricter:
     the e-mail parser that http.client reads them with is half of a request's CPU.
     """
 
     def __init__(self, address: Tuple[str, int], generation: int) -> None:
-        super().__init__(*address, timeout=CONNECT_TIMEOUT)
+        super().__init__(*address)
         self.generation = generation    # of the engine it leads to
         self.parked = 0.0               # since when it is idle, monotonic
         self.buffer = b''               # received and not yet used
@@ -2403,10 +2468,9 @@ class EngineConnection(http.client.HTTPConnection):
     def connect(self) -> None:
         """Raises EngineNotAccepting."""
         try:
-            super().connect()
+            self.sock = connected_socket(self.host, self.port)
         except OSError as error:
             raise EngineNotAccepting(str(error)) from None
-        self.sock.settimeout(None)
         set_socket_timeout(self.sock, socket.SO_RCVTIMEO, RELAY_AFTER)
 
     def is_dead(self) -> bool:
@@ -2745,10 +2809,11 @@ class Record(NamedTuple):
 
     def pairs(self) -> str:
         """As `logfmt` writes it, which takes five times as long as the usual case, where nothing has to be quoted."""
-        if None in self or not PLAIN_WORD.fullmatch(self.id + self.client + self.path):
+        if self.first_byte_ms is None or not PLAIN_WORD.fullmatch(self.id + self.client + self.path):
             return logfmt({'msg': 'request', **self.fields()})
         return ('msg=request id=%s client=%s method=%s path=%s status=%s outcome=%s '
-                'queue_ms=%.1f first_byte_ms=%.1f total_ms=%.1f bytes=%s tokens=%s' % self)     # type: ignore[str-format]
+                'queue_ms=%.1f first_byte_ms=%.1f total_ms=%.1f bytes=%s tokens=%s'
+                % (*self[:-1], 'null' if self.tokens is None else self.tokens))     # type: ignore[str-format]
 
 
 class Metrics:
@@ -2834,7 +2899,7 @@ def read_answer(exchange: Exchange, text: bytes, event_stream: bool) -> None:
             exchange.tokens = int(count)
         else:
             exchange.prompt_tokens = int(count)
-    if event_stream and exchange.outcome == 'ok' and _ERROR_EVENT.search(text):
+    if event_stream and exchange.outcome == 'ok' and b'error' in text and _ERROR_EVENT.search(text):
         exchange.outcome = 'failed'
 
 
@@ -3476,6 +3541,7 @@ class GatewayServer(http.server.ThreadingHTTPServer):
 
     def service_actions(self) -> None:
         """After each connection, and twice a second."""
+        log.flush()
         while self._refused and (len(self._refused) > self.REFUSED_KEPT or time.monotonic() - self._refused[0][0] > 1):
             self._refused.popleft()[1].close()
         self.gateway.upstream.pool.expire(EnginePool.SECONDS)
@@ -3582,7 +3648,7 @@ class Answering(socketserver.BaseRequestHandler):
         record = Record(exchange.id, exchange.client, exchange.method[:20], exchange.path[:200], exchange.status, exchange.outcome,
                         exchange.queue_seconds * 1000, first, seconds * 1000, exchange.sent, exchange.tokens)
         self.gateway.metrics.note(exchange, record, seconds)
-        log.line(DEBUG if exchange.path in OWN_PATHS[1:] else INFO, record.pairs())
+        log.line(DEBUG if exchange.path in OWN_PATHS[1:] else INFO, record.pairs(), can_wait=self.gateway.connections.busy > 1)
 
 
 HELD_OUTSIDE = 1024 ** 2     # bytes; an answer up to here gives its slot on before its client has taken it: slow clients shall not pile up more
@@ -3793,15 +3859,12 @@ class GatewayHandler(Answering):
     def _relay(stream: Stream) -> None:
         """Until the relay has copied it to its end."""
         exchange = stream.exchange
-        exchange.rearm()
         exchange.watched = True
         sockets = () if DONT_WAIT else (stream.engine, stream.client)       # else each call says so itself
         for sock in sockets:
             sock.setblocking(False)
         exchange.relay.post(exchange.relay.copy, stream)
-        while not stream.result:
-            exchange.wait_for_relay()
-            exchange.rearm()
+        stream.wait()
         for sock in sockets:
             sock.setblocking(True)
 
@@ -4189,13 +4252,17 @@ def run_gateway(config: Config, load: Callable[[], Config]) -> int:
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (65536 if hard == resource.RLIM_INFINITY else min(hard, 65536), hard))
     threading.stack_size(1024 * 1024)       # address space for each thread; only what is touched is memory
+    sys.setswitchinterval(0.02)     # of a crowd of threads that wait for the interpreter lock each one wakes up so often to ask for it
     try:
         gateway = Gateway(config, load)
     except OSError as error:
         say('gollama: cannot listen on %s: %s; choose another server.addr, or end what uses it'
             % (bracketed(*config.server.addr), error.strerror or error), sys.stderr)
         return 1
-    return gateway.run()
+    try:
+        return gateway.run()
+    finally:
+        log.flush()
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
