@@ -2074,6 +2074,11 @@ class Relay(threading.Thread):
 
     # -- for others
 
+    @property
+    def has_streams(self) -> bool:
+        """Whether it copies any (or watches a client)."""
+        return len(self._listeners) > 1     # beside its own
+
     def post(self, what: Callable[[Any], None], argument: Any, wake: bool = True) -> None:
         """Has `what(argument)` done by the relay's thread, in order; at its next occasion, where `wake` is false."""
         self._mail.append((what, argument))
@@ -2395,7 +2400,7 @@ class RequestBody:
 
 WHOLE_ANSWER = 32 * 1024 ** 2   # bytes; an answer of up to this announced length is passed on when it has arrived whole
 RELAY_AFTER = 0.02              # seconds; the relay is told only of requests that last: telling it wakes a thread
-BRIEFLY = 0.004                 # seconds of a stream that its own thread copies, before the relay takes over
+BRIEFLY = 0.001                 # seconds of a lone stream that its own thread copies, before the relay takes over
 CONNECT_TIMEOUT = 0.5           # seconds; a wedged engine's backlog is full, and meanwhile nobody sees the client leave
 SMALL_BODY = 65536              # bytes; up to here head and body leave in one call, and fit into a socket's buffer
 PEEK_NOW = int(socket.MSG_PEEK) | DONT_WAIT
@@ -3844,11 +3849,11 @@ class GatewayHandler(Answering):
 
     @staticmethod
     def _copy_briefly(stream: Stream) -> None:
-        """As long as more is there at once: a stream that is over soon wakes no other thread."""
-        until = Deadline(BRIEFLY)
-        while DONT_WAIT and not stream.ending and not until.expired:
+        """A lone stream that is over soon wakes no other thread. Among many the relay is better at it."""
+        until = Deadline(0.0 if stream.exchange.relay.has_streams else BRIEFLY)
+        while not stream.ending and not until.expired:
             try:
-                data = stream.engine.recv(RECV_SIZE, DONT_WAIT)
+                data = stream.engine.recv(RECV_SIZE)
             except _WOULD_BLOCK:
                 return
             except OSError:
