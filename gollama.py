@@ -1770,7 +1770,7 @@ class ClientConnection:
 class Exchange(Waiter):
     """What one request holds while it is in progress, and how it is cancelled.
 
-    Whoever waits for it, wherever, is woken: a waiter by its event, a blocked recv or send on
+    Whoever waits for it, wherever, is woken: a waiter by `wake`, a blocked recv or send on
     the engine's connection by shutting that down.
     """
 
@@ -1790,7 +1790,7 @@ class Exchange(Waiter):
     heard: Optional[Callable[[], None]] = None          # told of each sign of life of the engine, where somebody wants to know
     heartbeat: Optional[Callable[[], float]] = None     # sends one where it is due, returns seconds to the next
     refusal: Optional[GatewayError] = None
-    _event: Optional[threading.Event] = None
+    _unwoken: Any = None                    # a lock that is held until somebody wakes it: threading.Event is slower to make, to set and to wait for
     # _lock guards what follows: decided under it, a cancel never hits a connection that is no longer ours.
     gone = False                            # the client left
     finished = False
@@ -1808,19 +1808,18 @@ class Exchange(Waiter):
     # -- for its own thread
 
     def rearm(self) -> None:
-        if self._event is None:
-            self._event = threading.Event()
-        self._event.clear()
+        if self._unwoken is None:
+            self._unwoken = threading.Lock()
+        self._unwoken.acquire(False)
 
     def wait(self, deadline: Deadline) -> None:
         """Until somebody wakes it or the deadline has passed. Raises ClientGone, or why it is refused."""
-        assert self._event is not None
         self.watch()
         timeout = deadline.remaining()
         if self.heartbeat:
             timeout = min(timeout, self.heartbeat())
         if not (self.gone or self.refusal):
-            self._event.wait(None if math.isinf(timeout) else timeout)
+            self._unwoken.acquire(True, min(timeout, threading.TIMEOUT_MAX))
         if self.gone:
             raise ClientGone
         if self.refusal:
@@ -1861,8 +1860,11 @@ class Exchange(Waiter):
     # -- for others
 
     def wake(self) -> None:
-        if self._event is not None:
-            self._event.set()
+        if self._unwoken is not None:
+            try:
+                self._unwoken.release()
+            except RuntimeError:
+                pass        # it has been woken already
 
     def refuse(self, error: GatewayError) -> None:
         """Whoever waits in line is sent away."""
@@ -2631,9 +2633,9 @@ class EngineAnswer:
             self.whole = connection.whole_body(exchange, self.follower(collect=True))
         else:
             self.follower(collect=False).feed(connection.buffer)    # garbage is found while a second try is still possible
-        connection.streamed = self.whole is None
-        framed = self.chunked or self.length is not None
-        self.reusable = framed and not head.will_close and head.status < 400    # once it has come to its end
+        self.ended = self.whole is not None
+        connection.streamed = not self.ended
+        self.connection_stays = not head.will_close and head.status < 400 and (self.chunked or self.length is not None)
 
     def follower(self, collect: bool) -> BodyFollower:
         """Follows the body of the answer."""
@@ -2653,12 +2655,11 @@ class Upstream:
         self._gate = watchdog.gate
         self.pool = EnginePool()
 
-    @contextlib.contextmanager
-    def answer(self, exchange: Exchange, head: RequestHead, body: RequestBody, config: Config,
-               deadline: Deadline) -> Iterator[EngineAnswer]:
-        """Yields the engine's answer: the commit point. Up to there a try that breaks is followed by a second one.
+    def answer(self, exchange: Exchange, head: RequestHead, body: RequestBody, config: Config, deadline: Deadline) -> EngineAnswer:
+        """The engine's answer: the commit point. Up to there a try that breaks is followed by a second one.
 
-        A whole answer has left the engine by then. Raises GatewayError: 502 when it broke twice, 503 and 429 at the deadline.
+        A whole answer has left the engine by then; at the end of any other, `part` has to be called.
+        Raises GatewayError: 502 when it broke twice, 503 and 429 at the deadline.
         """
         data = body.data if head.method == 'POST' else b''      # engines disagree on the framing of a GET that has a body
         answer = self._first_or_second(
@@ -2667,20 +2668,13 @@ class Upstream:
         del data
         body.release()      # it will not be sent again
         if answer.whole is not None:
-            self._part(exchange, answer)
-        try:
-            yield answer
-        except BaseException:
-            answer.reusable = False
-            raise
-        finally:
-            if answer.whole is None:
-                self._part(exchange, answer)
+            self.part(exchange, answer)
+        return answer
 
-    def _part(self, exchange: Exchange, answer: EngineAnswer) -> None:
+    def part(self, exchange: Exchange, answer: EngineAnswer) -> None:
         """The engine is done with it."""
         exchange.detach()
-        if answer.reusable and not (exchange.gone or exchange.cut):     # else it may have been shut meanwhile
+        if answer.ended and answer.connection_stays and not (exchange.gone or exchange.cut):    # else it may have been shut meanwhile
             self.pool.give(answer.connection)
         else:
             answer.connection.close()
@@ -3788,18 +3782,21 @@ class GatewayHandler(Answering):
             queue.release(exchange)
 
     def _exchange(self, exchange: Exchange, deadline: Deadline) -> None:
-        with self.gateway.upstream.answer(exchange, self.head, self.body, self.config, deadline) as answer:
-            # ---- the commit point ----
-            exchange.well_answered = answer.head.status < 400
-            exchange.outcome = 'ok' if answer.head.status < 500 else 'failed'
-            if answer.whole is not None and len(answer.whole) <= HELD_OUTSIDE:
-                self.gateway.queue.release(exchange)        # the engine is free: the next one need not wait for this client
-            if answer.whole is None:
+        answer = self.gateway.upstream.answer(exchange, self.head, self.body, self.config, deadline)
+        # ---- the commit point ----
+        exchange.well_answered = answer.head.status < 400
+        exchange.outcome = 'ok' if answer.head.status < 500 else 'failed'
+        if answer.whole is None:
+            try:
                 text = self._pass_stream(exchange, answer)
-            else:
-                text = answer.whole
-                self._pass_whole(exchange, answer.head, answer.whole)
-            read_answer(exchange, text, answer.head.event_stream)
+            finally:
+                self.gateway.upstream.part(exchange, answer)
+        else:
+            text = answer.whole
+            if len(text) <= HELD_OUTSIDE:
+                self.gateway.queue.release(exchange)        # the engine is free: the next one need not wait for this client
+            self._pass_whole(exchange, answer.head, text)
+        read_answer(exchange, text, answer.head.event_stream)
 
     def _forwarded_head(self, head: AnswerHead, lines: Sequence[str]) -> bytes:
         return self.open_answer(head.status, lines, head.reason, head.passed)
@@ -3832,7 +3829,7 @@ class GatewayHandler(Answering):
             result, stream.fault = 'cancelled', ''
         if result != 'ok':
             self.keep_alive, exchange.outcome = False, result
-        answer.reusable = answer.reusable and result == 'ok' and not body.excess
+        answer.ended = result == 'ok' and not body.excess
         if stream.fault:
             log.warn('answer broken off', id=exchange.id, why=stream.fault)
         return stream.recent
