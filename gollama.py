@@ -2808,7 +2808,7 @@ class Record(NamedTuple):
 
     def pairs(self) -> str:
         """As `logfmt` writes it, which takes five times as long as the usual case, where nothing has to be quoted."""
-        if self.first_byte_ms is None or not PLAIN_WORD.fullmatch(self.id + self.client + self.path):
+        if self.first_byte_ms is None or not (self.client and PLAIN_WORD.fullmatch(self.id + self.client + self.path)):
             return logfmt({'msg': 'request', **self.fields()})
         return ('msg=request id=%s client=%s method=%s path=%s status=%s outcome=%s '
                 'queue_ms=%.1f first_byte_ms=%.1f total_ms=%.1f bytes=%s tokens=%s'

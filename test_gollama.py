@@ -486,7 +486,8 @@ class FixtureConnection:
             self.number = None
         else:
             self.number = self.engine.begin(
-                self.client, dict(method=self.method, target=self.target, headers=headers, pid=os.getpid()), body)
+                self.client, dict(method=self.method, target=self.target, headers=headers, pid=os.getpid(),
+                                  port=self.client.getpeername()[1]), body)
             self.engine.say('srv  log_server_r: request: %s %s' % (self.method, self.target))
         try:
             self.answer(body)
@@ -705,12 +706,13 @@ def fixture_program() -> str:
 class SeenRequest:
     """A request as an engine has seen it."""
 
-    def __init__(self, method, target, headers, body, pid):
+    def __init__(self, method, target, headers, body, pid, port):
         self.method = method
         self.target = target
         self.headers = [tuple(pair) for pair in headers]
         self.body = body
         self.pid = pid
+        self.port = port                        # of the connection that it came over
         self.closed = False                     # its client hung up before the answer was complete
         self.ended = False
 
@@ -1577,6 +1579,77 @@ class UnitLogFileTests(UnitCase):
         self.assertEqual(sorted(int(line['count']) for line in lines), list(range(1, count + 1)))
 
 
+class UnitLogTests(UnitCase):
+    """Lines that can wait for others are written together."""
+
+    def setUp(self):
+        self.log, self.written = gollama.Log(), []
+        self.log._sinks = [gollama.Sink('a list', self.written.append)]
+        self.log.TOGETHER = 1e9
+        self.log._flushed = time.time()
+
+    def messages(self):
+        return [parse_logfmt(line)['msg'] for line in b''.join(self.written).decode().splitlines()]
+
+    def test_a_line_that_can_wait_comes_with_the_next_one_and_before_it(self):
+        self.log.line(gollama.INFO, 'msg=one', can_wait=True)
+        self.log.line(gollama.INFO, 'msg=two', can_wait=True)
+        self.assertEqual(self.written, [])
+        self.log.warn('three')
+        self.assertEqual((self.messages(), len(self.written)), (['one', 'two', 'three'], 1))
+        self.log.warn('four')
+        self.assertEqual(self.messages(), ['one', 'two', 'three', 'four'])
+
+    def test_it_waits_for_a_flush_at_most(self):
+        self.log.line(gollama.INFO, 'msg=one', can_wait=True)
+        self.log.flush()
+        self.log.flush()
+        self.assertEqual(self.messages(), ['one'])
+
+    def test_it_does_not_wait_when_none_was_written_for_a_while(self):
+        self.log.TOGETHER = 0.05
+        self.log._flushed -= 0.1
+        self.log.line(gollama.INFO, 'msg=one', can_wait=True)
+        self.assertEqual(self.messages(), ['one'])
+
+    def test_whole_lines_are_written_together_as_many_as_a_pipe_takes(self):
+        for number in range(100):
+            self.log.line(gollama.INFO, 'msg=%s' % ('%04d' % number * 50), can_wait=True)
+        self.log.flush()
+        self.assertEqual(self.messages(), ['%04d' % number * 50 for number in range(100)])
+        self.assertTrue(all(len(block) <= gollama.PIPE_BUF and block.endswith(b'\n') for block in self.written))
+        self.assertLess(len(self.written), 10)
+
+    def test_dropped_lines_are_counted_one_by_one(self):
+        def full(lines):
+            raise OSError('full')
+        self.log._sinks = [gollama.Sink('a full disk', full)]
+        with unittest.mock.patch.object(gollama, 'say', lambda *_: None):
+            for _ in range(3):
+                self.log.line(gollama.INFO, 'msg=x', can_wait=True)
+            self.log.flush()
+        self.log._sinks[0]._put = self.written.append
+        self.log.info('again')
+        self.assertIn(b'count=3', self.written[0])
+
+    def test_threads_lose_no_line(self):
+        self.impatient()
+        threads = [self.run_in_thread(lambda name=name: [self.log.line(gollama.INFO, 'msg=%s%d' % (name, n), n % 3 > 0) for n in range(300)])
+                   for name in 'abcd']
+        for thread in threads:
+            thread.result(LIMIT)
+        self.log.flush()
+        self.assertEqual(sorted(self.messages()), sorted('%s%d' % (name, n) for name in 'abcd' for n in range(300)))
+
+    def test_a_request_is_written_as_logfmt_does_whatever_is_in_it(self):
+        usual = gollama.Record('a-1', '127.0.0.1', 'POST', '/v1/x', 200, 'ok', 0.04, 12.345, 100.0, 302, 16)
+        for changed in ({}, {'tokens': None}, {'first_byte_ms': None}, {'id': 'a=b'}, {'client': 'a b'}, {'client': 'a"b\n'}, {'path': '/v1/"'},
+                        {'client': 'ü'}, {'status': 499, 'outcome': 'cancelled', 'first_byte_ms': None, 'tokens': None}, {'client': ''}):
+            record = usual._replace(**changed)
+            self.assertEqual(record.pairs(), gollama.logfmt({'msg': 'request', **record.fields()}), changed)
+        self.assertEqual((usual.fields()['queue_ms'], usual.fields()['first_byte_ms'], usual.fields()['total_ms']), (0.0, 12.3, 100.0))
+
+
 class UnitTimeTests(unittest.TestCase):
 
     def test_a_deadline_counts_down_to_0_and_stays_there(self):
@@ -2047,6 +2120,239 @@ class UnitExchangeTests(UnitCase):
         exchange.break_off('shutting_down')
         exchange.break_off(gone=True)
         self.assertEqual((exchange.cut, exchange.gone), ('engine_failed', True))
+
+
+    def test_a_wake_up_that_comes_before_the_waiting_is_not_lost(self):
+        exchange = unit_exchange()
+        exchange.wake()                     # nobody waits yet: nothing to remember
+        for wakes in (1, 3):
+            exchange.rearm()
+            for _ in range(wakes):
+                exchange.wake()
+            exchange.wait(gollama.Deadline(LIMIT))
+        exchange.wake()
+        exchange.rearm()                    # an old one wakes nobody
+        waiting = self.run_in_thread(exchange.wait, gollama.Deadline(float('inf')))
+        self.assertRaises(concurrent.futures.TimeoutError, waiting.result, 0.05)
+        exchange.wake()
+        waiting.result(LIMIT)
+
+
+def tcp_pair(test):
+    """Two ends of a connection."""
+    with socket.create_server(('127.0.0.1', 0)) as listener:
+        one = socket.create_connection(listener.getsockname())
+        other, _ = listener.accept()
+    for end in (one, other):
+        test.addCleanup(end.close)
+        end.settimeout(LIMIT)
+    return one, other
+
+
+class UnitRelayTests(UnitCase):
+    """The relay with what the system offers to wait for many sockets, and with what it has elsewhere."""
+
+    def relays(self):
+        for epoll in {getattr(select, 'epoll', gollama.PortableEpoll), gollama.PortableEpoll}:
+            relay = gollama.Relay(epoll)
+            relay.start()
+            with self.subTest(epoll=epoll.__name__):
+                yield relay
+            relay.close()
+            relay.join(LIMIT)
+            self.assertFalse(relay.is_alive())
+
+    def stream(self, relay):
+        """A stream, the client's own end of it, and the engine's."""
+        client, ours = tcp_pair(self)
+        to_engine, engine = tcp_pair(self)
+        ours.setblocking(True)
+        exchange = gollama.Exchange(gollama.ClientConnection(ours, 'a', unit_config().server), relay, 'id')
+        exchange.attach(to_engine)
+        return gollama.Stream(exchange, to_engine, gollama.ChunkedBody(), 'raw', True), client, engine
+
+    def test_streams_are_copied_piece_by_piece_to_their_ends(self):
+        for relay in self.relays():
+            streams = [self.stream(relay) for _ in range(3)]
+            for stream, _, _ in streams:
+                relay.post(relay.copy, stream)
+            for piece in (b'1\r\na\r\n', b'2\r\n', b'bc\r\n'):
+                for _, client, engine in streams:
+                    engine.sendall(piece)
+                    self.assertEqual(client.recv(100), piece if piece != b'2\r\n' else b'2\r\n')
+            self.assertTrue(relay.has_streams)
+            for stream, client, engine in streams:
+                engine.sendall(b'0\r\n\r\n')
+                stream.wait()
+                self.assertEqual((stream.result, client.recv(100), stream.exchange.sent), ('ok', b'0\r\n\r\n', 18))
+            self.assertFalse(relay.has_streams)
+
+    def test_what_an_event_ends_hears_of_no_other_event_of_the_same_round(self):
+        heard = []
+        epoll = types.SimpleNamespace(register=lambda *_: None, unregister=lambda *_: None, poll=lambda _: [(5, 1), (6, 1)])
+        relay = gollama.Relay(lambda: epoll)
+        self.addCleanup(relay._waker.close)
+        self.addCleanup(relay._wakened.close)
+        relay._listen(5, 1, lambda events: (heard.append(5), relay._listen(6, 0)))
+        relay._listen(6, 1, lambda events: heard.append(6))
+        relay._round()
+        self.assertEqual(heard, [5])
+
+    def test_letters_behind_one_that_fails_are_read(self):
+        for relay in self.relays():
+            read, posted = threading.Event(), threading.Event()
+            with unittest.mock.patch.object(gollama.log, 'exception') as told:
+                relay.post(lambda _: posted.wait(LIMIT), None)
+                relay.post(lambda _: 1 / 0, None)
+                relay.post(lambda _: read.set(), None)
+                posted.set()
+                self.assertTrue(read.wait(LIMIT))
+            told.assert_called_once_with('internal error in the relay')
+
+    def test_a_client_that_leaves_ends_its_stream_and_no_other(self):
+        for relay in self.relays():
+            (stream, client, _), (other, its_client, its_engine) = self.stream(relay), self.stream(relay)
+            for one in (stream, other):
+                relay.post(relay.copy, one)
+            client.close()
+            stream.wait()
+            self.assertEqual((stream.result, stream.exchange.gone), ('cancelled', True))
+            its_engine.sendall(b'1\r\na\r\n0\r\n\r\n')
+            other.wait()
+            self.assertEqual((other.result, its_client.recv(100)), ('ok', b'1\r\na\r\n0\r\n\r\n'))
+
+    def test_a_client_that_reads_late_gets_all_of_it(self):
+        data = b'10000\r\n' + b'x' * 65536 + b'\r\n'
+        for relay in self.relays():
+            stream, client, engine = self.stream(relay)
+            relay.post(relay.copy, stream)
+            sender = self.run_in_thread(engine.sendall, data * 200 + b'0\r\n\r\n')
+            eventually(lambda: stream.exchange.held_up)
+            received = 0
+            while received < 200 * len(data) + 5:
+                received += len(client.recv(1 << 20))
+            stream.wait()
+            sender.result(LIMIT)
+            self.assertEqual((stream.result, stream.exchange.held_up), ('ok', False))
+
+
+class UnitEnginePoolTests(UnitCase):
+    """Which connections are used again."""
+
+    def setUp(self):
+        self.clock = unit_clock(self)
+        self.pool = gollama.EnginePool()
+
+    def connection(self, streamed=True, generation=1):
+        """One whose answer is over, and the engine's end of it."""
+        connection = gollama.EngineConnection(('127.0.0.1', 1), generation)
+        connection.sock, engine = tcp_pair(self)
+        connection.sock.setblocking(True)
+        connection.streamed = streamed
+        self.addCleanup(connection.close)
+        return connection, engine
+
+    def taken(self, generation=1):
+        taken = self.pool.take(('127.0.0.1', 1), generation, True)
+        return taken if taken.sock else None
+
+    def prove(self, closes, generation=1):
+        connection, engine = self.connection(generation=generation)
+        self.pool.give(connection)
+        if closes:
+            engine.close()
+            eventually(connection.is_dead)
+        self.clock.now += 1
+        self.pool.expire(3)
+        self.assertIsNone(connection.sock)
+
+    def test_after_a_whole_answer_it_is_used_again(self):
+        connection, _ = self.connection(streamed=False)
+        self.pool.give(connection)
+        self.assertIs(self.taken(), connection)
+
+    def test_after_a_stream_it_is_not_before_the_engine_has_shown_that_it_keeps_it(self):
+        connection, _ = self.connection()
+        self.pool.give(connection)
+        self.assertIsNone(self.taken())
+        other, _ = self.connection()
+        self.pool.give(other)               # one on probation is enough
+        self.assertIsNone(other.sock)
+        self.clock.now += 1
+        self.pool.expire(3)
+        third, _ = self.connection()
+        self.pool.give(third)
+        self.assertIs(self.taken(), third)
+
+    def test_an_engine_that_closes_it_after_a_stream_gets_a_new_one_each_time(self):
+        """llama-server closes it and does not say so: a request that was sent on it meanwhile was lost."""
+        self.prove(closes=True)
+        for _ in range(3):
+            connection, _ = self.connection()
+            self.pool.give(connection)
+            self.assertIsNone(connection.sock)
+            self.assertIsNone(self.taken())
+        whole, _ = self.connection(streamed=False)
+        self.pool.give(whole)
+        self.assertIs(self.taken(), whole)
+
+    def test_the_next_engine_has_to_show_it_again(self):
+        self.prove(closes=False)
+        connection, _ = self.connection(generation=2)
+        self.pool.give(connection)
+        self.assertIsNone(self.taken(generation=2))
+        self.clock.now += 1
+        self.pool.expire(3)
+        connection, _ = self.connection(generation=2)
+        self.pool.give(connection)
+        self.assertIs(self.taken(generation=2), connection)
+
+    def test_an_engine_that_closes_one_all_the_same_is_not_believed_any_more(self):
+        self.prove(closes=False)
+        connection, engine = self.connection()
+        self.pool.give(connection)
+        engine.close()
+        eventually(connection.is_dead)
+        self.assertIsNone(self.taken())
+        connection, _ = self.connection()
+        self.pool.give(connection)
+        self.assertIsNone(connection.sock)
+
+    def test_at_the_end_all_are_closed(self):
+        connections = [self.connection(streamed=number % 2 == 0)[0] for number in range(4)]
+        for connection in connections:
+            self.pool.give(connection)
+        self.pool.expire(-1)
+        self.assertEqual([connection.sock for connection in connections], [None] * 4)
+
+
+class UnitConnectTests(UnitCase):
+
+    def test_it_is_connected_and_blocks_without_limit(self):
+        with socket.create_server(('127.0.0.1', 0)) as listener:
+            for host in ('127.0.0.1', 'localhost'):
+                with gollama.connected_socket(host, listener.getsockname()[1]) as sock:
+                    self.assertIsNone(sock.gettimeout())
+                    for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+                        self.assertEqual(bytes(16), sock.getsockopt(socket.SOL_SOCKET, option, 16))
+                    self.assertTrue(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    def test_nobody_there_is_an_error_and_leaves_no_descriptor(self):
+        port, before = free_port(), os.listdir('/proc/self/fd') if os.path.isdir('/proc/self/fd') else []
+        for host in ('127.0.0.1', 'localhost'):
+            self.assertRaises(OSError, gollama.connected_socket, host, port)
+        self.assertEqual(os.listdir('/proc/self/fd') if before else [], before)
+
+    @unittest.skipUnless(sys.platform == 'linux', 'only there a full backlog takes no connection')
+    def test_an_engine_that_accepts_nobody_is_an_error_in_time(self):
+        with socket.create_server(('127.0.0.1', 0), backlog=0) as listener, contextlib.ExitStack() as others:
+            for _ in range(4):              # until the backlog is full
+                other = others.enter_context(socket.socket())
+                other.setblocking(False)
+                other.connect_ex(listener.getsockname())
+            started = time.monotonic()
+            self.assertRaises(OSError, gollama.connected_socket, *listener.getsockname())
+            self.assertLess(time.monotonic() - started, 10 * gollama.CONNECT_TIMEOUT)
 
 
 class UnitAdmissionTests(UnitCase):
@@ -3199,6 +3505,17 @@ class StreamingTests(GatewayCase):
         cls.shared = cls.shared_gateway({'queue': {'max_concurrency': 3}})
         cls.engine = cls.shared.engine
 
+    def test_an_engine_that_keeps_its_connection_after_a_stream_gets_the_next_one_on_it(self):
+        def on_the_same(script=(['event', 1], ['end'])):
+            for _ in range(2):
+                with self.shared.open_stream(list(script)) as stream:
+                    stream.rest()
+                eventually(lambda: self.shared.status()['queue']['in_flight'] == 0)
+            before, last = self.engine.requests[-2:]
+            return before.port == last.port
+        eventually(on_the_same)
+        self.assertFalse(on_the_same([['event', 1], ['raw', '0\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n']]))
+
     def test_each_event_leaves_before_the_next_one_is_made(self):
         script = []
         for n in range(20):
@@ -3839,6 +4156,15 @@ class LogTests(GatewayCase):
         self.assertTrue(all(len(line['path']) <= 200 for line in requests))
         self.assertNotIn('/healthz', [line['path'] for line in requests])
         self.assertNotIn('swordfish', gollama.output() + json.dumps(lines))
+
+    def test_beside_a_request_in_progress_its_line_comes_soon_as_well(self):
+        gollama = self.gateway({'queue': {'max_concurrency': 2}})
+        with gollama.open_stream([['event', 1], ['gate', 'go'], ['end']]) as stream:
+            stream.read_event()
+            for number in range(5):
+                gollama.chat(headers={'X-Request-Id': 'a-%d' % number})
+            eventually(lambda: [line['id'] for line in gollama.log('request') if line['id'].startswith('a-')] == ['a-%d' % n for n in range(5)])
+            gollama.engine.open('go')
 
     def test_the_file_is_rotated_by_size_and_old_ones_are_deleted(self):
         gollama = self.gateway({'logger': {'max-size': 1, 'max-age': 3}}, engine_args=['--flood'])
@@ -4526,6 +4852,26 @@ class UnitsBodiesTests(unittest.TestCase):
             body = gollama.ChunkedBody()
             self.fed(body, pieces)
             self.assertEqual(body.tail, b': y\n', pieces)
+
+    def test_one_whole_chunk_is_read_as_in_pieces(self):
+        for size in list(range(1, 20)) + [255, 256, 5000]:
+            payload = bytes(range(97, 97 + 20)) * 250
+            for data in (gollama.chunk(payload[:size]), b'00%x;x=y\r\n%s\r\n' % (size, payload[:size])):
+                whole, pieces = gollama.ChunkedBody(), gollama.ChunkedBody()
+                self.assertEqual(whole.feed(data), data)
+                self.fed(pieces, [data[at:at + 1] for at in range(len(data))])
+                state = [(body.tail, body.announced, body._left, body._held, body.done) for body in (whole, pieces)]
+                self.assertEqual(state[0], state[1], size)
+                collected = gollama.ChunkedBody(collect=True)
+                collected.feed(data)
+                self.assertEqual(collected.take_payload(), payload[:size])
+        for data in (b'5\r\nhell\r\n', b'4\r\nhello\r\n', b'4\r\nhell\n\r', b'x\r\nhello\r\n', b'3\r\n\r\n\r\n\r\n'):
+            body = gollama.ChunkedBody()
+            try:
+                body.feed(data)
+            except gollama.Malformed:
+                continue
+            self.assertFalse(body._left == 0 and not body._held, data)      # it waits for the rest of the chunk
 
     def test_what_follows_a_chunked_body_is_excess(self):
         for end in (b'0\r\n\r\n', b'0\r\nX-A: 1\r\n\r\n'):
