@@ -27,7 +27,7 @@ The map. A section uses only what stands above it:
     Command line    options, exit codes
 
 Threads: main (waits for signals), accept (the listener), one a client connection (heads,
-waiting, whole answers, the first milliseconds of a stream), the relay (one selector: watches
+waiting, whole answers, the first millisecond of a lone stream), the relay (one epoll: watches
 the clients of requests that last, copies streams), the watchdog, and for each engine an output
 pump and a reaper.
 
@@ -47,7 +47,7 @@ signals are an error event and a missing final chunk: a truncated answer never l
 
 The engine's states are in `TRANSITIONS`; `Watchdog._change_state` is the only one to change them.
 
-Locks: LogFile._lock, EngineProcess._signal_lock, TryGate._lock, Exchange._lock,
+Locks: Log._writing, LogFile._lock, EngineProcess._signal_lock, TryGate._lock, Exchange._lock,
 AdmissionQueue._lock, Metrics._lock, Connections._lock, Notifier._order. Each guards the fields named beside it;
 none is held during anything that can wait, nor while another one is taken, so there is no order
 among them. The relay's own state belongs to its thread; others post to its mailbox.
@@ -97,6 +97,7 @@ from typing import (Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, L
 __version__ = '1.0.0'
 
 POSIX = os.name == 'posix'
+LINUX = sys.platform == 'linux'
 
 
 # ---------------------------------------------------------------------------------------------
@@ -639,7 +640,8 @@ class Log:
         self._level = INFO
         self._file: Optional[LogFile] = None
         self._sinks: List[Sink] = []        # replaced as a whole
-        self._pending: Deque[bytes] = collections.deque()      # its own operations are atomic
+        self._pending: Deque[bytes] = collections.deque(maxlen=10000)      # its own operations are atomic
+        self._writing = threading.Lock()    # held by who writes them: two could find room in a pipe where there is room for one
         self._flushed = 0.0                 # when last, seconds since 1970
 
     def configure(self, config: LoggerConfig) -> None:
@@ -667,20 +669,24 @@ class Log:
                 self._flushed = now
                 self.flush()
 
-    def flush(self) -> None:
-        """Writes what waits: whole lines, as many together as a pipe takes."""
+    def flush(self, patience: float = 0.0) -> None:
+        """Writes what waits; where another thread is at it, that one does (`patience`: seconds to wait for it)."""
+        while self._pending and self._writing.acquire(timeout=patience):
+            try:
+                self._write_pending()
+            finally:
+                self._writing.release()
+
+    def _write_pending(self) -> None:
+        """Whole lines, as many together as a pipe takes."""
         block = b''
         while self._pending:
-            try:
-                line = self._pending.popleft()
-            except IndexError:      # another thread was faster
-                break
+            line = self._pending.popleft()
             if block and len(block) + len(line) > PIPE_BUF:
                 self._write(block)
                 block = b''
             block += line
-        if block:
-            self._write(block)
+        self._write(block)
 
     def _write(self, lines: bytes) -> None:
         for sink in self._sinks:
@@ -1722,7 +1728,7 @@ class ClientConnection:
         self.address = address
         self.buffer = b''
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if not DONT_WAIT:
+        if not LINUX:       # Windows has no MSG_DONTWAIT, and a send on macOS may wait in spite of it
             set_socket_timeout(sock, socket.SO_SNDTIMEO, server.write_timeout)
         self._usual = 0.9 * min(server.idle_timeout, server.read_timeout)   # a little less, so that a request costs no setsockopt
         self._patience = 0.0        # what SO_RCVTIMEO is set to
@@ -2021,9 +2027,10 @@ class Stream:
             taken = 0
         except OSError:
             return self._relay.end(self, 'cancelled')
-        if taken < len(data) or self.pending:       # it comes to a stop, gets on a little, or flows again
+        if taken if self.pending else taken < len(data):        # it gets on a little, flows again, or comes to a stop
             self.pending = data[taken:]
-            self._relay.copy(self)
+            if self.pending or not self.ending:
+                return self._relay.copy(self)
         if self.ending and not self.pending:
             self._relay.end(self, self.ending)
 
@@ -2442,7 +2449,7 @@ def connected_socket(host: str, port: int) -> socket.socket:
     `socket.create_connection` would do for all: a look-up and six more system calls, half of the
     time, and with each of the calls the interpreter lock changes hands in a crowd.
     """
-    if not (sys.platform == 'linux' and re.fullmatch(r'[0-9.]+', host)):
+    if not (LINUX and re.fullmatch(r'[0-9.]+', host)):
         sock = socket.create_connection((host, port), CONNECT_TIMEOUT)
         sock.settimeout(None)
     else:
@@ -2844,7 +2851,7 @@ class Metrics:
                 self._first_byte.observe(exchange.first_byte - exchange.started)
             self._recent.append((now, record))
             minute = self._minutes[-1] if self._minutes else {'at': -60}
-            if now >= minute['at'] + 60:
+            if not minute['at'] <= now < minute['at'] + 60:
                 minute = {'at': int(now) // 60 * 60, 'requests': 0, 'tokens': 0}
                 self._minutes.append(minute)
             minute['requests'] += 1
@@ -3847,7 +3854,8 @@ class GatewayHandler(Answering):
     @staticmethod
     def _copy_briefly(stream: Stream) -> None:
         """A lone stream that is over soon wakes no other thread. Among many the relay is better at it."""
-        until = Deadline(0.0 if stream.exchange.relay.has_streams else BRIEFLY)
+        exchange = stream.exchange
+        until = Deadline(0.0 if exchange.watched or exchange.relay.has_streams or not DONT_WAIT else BRIEFLY)
         while not stream.ending and not until.expired:
             try:
                 data = stream.engine.recv(RECV_SIZE)
@@ -3855,14 +3863,14 @@ class GatewayHandler(Answering):
                 return
             except OSError:
                 data = b''
-            stream.exchange.send(stream.advance(data))
+            exchange.send(stream.advance(data))
 
     @staticmethod
     def _relay(stream: Stream) -> None:
         """Until the relay has copied it to its end."""
         exchange = stream.exchange
         exchange.watched = True
-        sockets = () if DONT_WAIT else (stream.engine, stream.client)       # else each call says so itself
+        sockets = () if LINUX else (stream.engine, stream.client)      # there each call says so itself; macOS sends all the same
         for sock in sockets:
             sock.setblocking(False)
         exchange.relay.post(exchange.relay.copy, stream)
@@ -4254,7 +4262,6 @@ def run_gateway(config: Config, load: Callable[[], Config]) -> int:
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (65536 if hard == resource.RLIM_INFINITY else min(hard, 65536), hard))
     threading.stack_size(1024 * 1024)       # address space for each thread; only what is touched is memory
-    sys.setswitchinterval(0.02)     # of a crowd of threads that wait for the interpreter lock each one wakes up so often to ask for it
     try:
         gateway = Gateway(config, load)
     except OSError as error:
@@ -4264,7 +4271,7 @@ def run_gateway(config: Config, load: Callable[[], Config]) -> int:
     try:
         return gateway.run()
     finally:
-        log.flush()
+        log.flush(patience=1)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

@@ -1632,6 +1632,23 @@ class UnitLogTests(UnitCase):
         self.log.info('again')
         self.assertIn(b'count=3', self.written[0])
 
+    def test_one_thread_writes_at_a_time_and_leaves_nothing_behind(self):
+        """Two that found room in a pipe for one block each blocked in it, one of them the listener."""
+        began, over = threading.Event(), threading.Event()
+
+        def slow(lines):
+            began.set()
+            over.wait(LIMIT)
+            self.written.append(lines)
+        self.log._sinks = [gollama.Sink('slow', slow)]
+        first = self.run_in_thread(self.log.info, 'one')
+        self.assertTrue(began.wait(LIMIT))
+        self.log.info('two')                # does not wait for the other
+        self.assertEqual(self.written, [])
+        over.set()
+        first.result(LIMIT)
+        self.assertEqual(self.messages(), ['one', 'two'])
+
     def test_threads_lose_no_line(self):
         self.impatient()
         threads = [self.run_in_thread(lambda name=name: [self.log.line(gollama.INFO, 'msg=%s%d' % (name, n), n % 3 > 0) for n in range(300)])
@@ -2198,6 +2215,37 @@ class UnitRelayTests(UnitCase):
         relay._round()
         self.assertEqual(heard, [5])
 
+    def still_relay(self):
+        """A relay whose thread does not run."""
+        relay = gollama.Relay(lambda: types.SimpleNamespace(register=lambda *_: None, unregister=lambda *_: None))
+        self.addCleanup(relay._waker.close)
+        self.addCleanup(relay._wakened.close)
+        return relay
+
+    def test_a_stream_whose_rest_leaves_after_its_client_was_given_up_ends_once(self):
+        """It ended twice, and the second time was an internal error."""
+        stream, client, _ = self.stream(self.still_relay())
+        stream.pending, stream.ending, stream.exchange.gone = b'rest', 'ok', True
+        stream.on_client(gollama.WRITABLE)
+        self.assertEqual((stream.result, client.recv(10)), ('ok', b'rest'))
+
+    def test_a_client_is_held_up_since_it_last_took_a_byte(self):
+        relay = self.still_relay()
+        stream = self.stream(relay)[0]
+        takes = [3, BlockingIOError(), 2, 5]
+
+        def send(data, flags):
+            taken = takes.pop(0)
+            if isinstance(taken, Exception):
+                raise taken
+            return taken
+        stream.client = types.SimpleNamespace(send=send, fileno=stream.client.fileno)
+        clock = unit_clock(self)
+        for events, since in ((0, 1000), (1, 1000), (2, 1002), (3, None)):
+            clock.now = 1000 + events
+            stream._pass_on(stream.pending or b'x' * 10)
+            self.assertEqual(relay._held.get(stream), since)
+
     def test_letters_behind_one_that_fails_are_read(self):
         for relay in self.relays():
             read, posted = threading.Event(), threading.Event()
@@ -2324,6 +2372,20 @@ class UnitEnginePoolTests(UnitCase):
             self.pool.give(connection)
         self.pool.expire(-1)
         self.assertEqual([connection.sock for connection in connections], [None] * 4)
+
+
+class UnitMetricsTests(unittest.TestCase):
+
+    def test_minutes_follow_the_clock_wherever_it_is_set(self):
+        metrics = gollama.Metrics()
+        record = gollama.Record('a-1', '127.0.0.1', 'POST', '/v1/x', 200, 'ok', 0.0, 1.0, 1.0, 1, 1)
+        exchange = unit_exchange()
+        exchange.counted, exchange.tokens = True, 2
+        for now in (6000.0, 6059.9, 6060.0, 90000.0, 6100.0, 6119.0):
+            with unittest.mock.patch.object(gollama.time, 'time', lambda now=now: now):
+                metrics.note(exchange, record, 1.0)
+        self.assertEqual([(minute['at'], minute['requests'], minute['tokens']) for minute in metrics.status()['minutes']],
+                         [(6000, 2, 4), (6060, 1, 2), (90000, 1, 2), (6060, 2, 4)])
 
 
 class UnitConnectTests(UnitCase):
