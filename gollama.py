@@ -1701,7 +1701,7 @@ class ChunkedBody(BodyFollower):
 
 DONT_WAIT = int(getattr(socket, 'MSG_DONTWAIT', 0))     # not on Windows
 RECV_SIZE = 65536
-RECENT = 2048           # bytes, at most, of each of a stream's last pieces, kept for usage and errors
+RECENT = 4096           # bytes, at least, of the end of a stream that are kept for usage and errors
 READ_AHEAD = 65536      # bytes of pipelined requests after which no more are read while one is in progress
 _WOULD_BLOCK = (BlockingIOError, socket.timeout)    # what SO_RCVTIMEO and SO_SNDTIMEO end in; Windows: a timeout
 
@@ -1942,6 +1942,7 @@ class Stream:
     ending: str = ''        # the result, once `pending` has left
     fault: str = ''         # why it was truncated
     pending: bytes = b''    # what the client did not take yet; the engine's side rests meanwhile
+    sent: int = 0           # bytes of the body
 
     def __post_init__(self) -> None:
         self.client = self.exchange.connection.sock
@@ -1949,7 +1950,7 @@ class Stream:
         self._over = threading.Lock()       # held until the relay is done with it
         self._over.acquire()
         self._as_it_is = self.translate == 'raw' and self.body.payload is None
-        self._recent: Deque[bytes] = collections.deque(maxlen=8)
+        self.recent = bytearray()           # the end of what has passed
 
     def wait(self) -> None:
         """Until the relay is done with it."""
@@ -1958,11 +1959,6 @@ class Stream:
     def end(self, result: str) -> None:
         self.result = result
         self._over.release()
-
-    @property
-    def recent(self) -> bytes:
-        """The end of what has passed."""
-        return b''.join(self._recent)
 
     def advance(self, data: bytes) -> bytes:
         """What the client gets for bytes of the engine's, or for its end-of-file; `ending` is set when they are the last."""
@@ -1981,8 +1977,11 @@ class Stream:
         except Malformed as error:
             self.ending, self.fault = 'truncated', str(error)
             out = self._error_event() if self.event_stream else b''
-        self._recent.append(out[-RECENT:])
-        self.exchange.sent += len(out)
+        self.sent += len(out)
+        # Pieces that are kept as they are would each lie on memory of their own: among 256 streams that took a tenth of a token.
+        self.recent += out[-RECENT:]
+        if len(self.recent) > 2 * RECENT:
+            del self.recent[:-RECENT]
         return out
 
     def _translated(self, out: bytes) -> bytes:
@@ -2002,14 +2001,14 @@ class Stream:
 
     def on_engine(self, events: int) -> None:
         """The engine's socket is readable."""
-        if self.exchange.gone:
-            return self._relay.end(self, 'cancelled')
         try:
             data = self.engine.recv(RECV_SIZE, DONT_WAIT)
         except _WOULD_BLOCK:
             return
         except OSError:
             data = b''
+        if not data and self.exchange.gone:     # which has shut it
+            return self._relay.end(self, 'cancelled')
         self._pass_on(self.advance(data))
 
     def on_client(self, events: int) -> None:
@@ -3490,12 +3489,14 @@ class GatewayServer(http.server.ThreadingHTTPServer):
     allow_reuse_port = False        # two gateways on one port would each get half of the requests
 
     PAUSE_WITHOUT_DESCRIPTORS = 0.1     # seconds; accept would spin otherwise
+    SERVICED_EVERY = 0.4                # seconds; the listener looks up twice a second
     REFUSED_KEPT = 64                   # refused connections that are closed a little later, so that the answer is seen
 
     def __init__(self, gateway: GatewayParts, handler: Type[socketserver.BaseRequestHandler]) -> None:
         """Raises OSError where the address cannot be had."""
         self.gateway = gateway
         self._refused: Deque[Tuple[float, socket.socket]] = collections.deque()
+        self._serviced = 0.0        # monotonic
         host, port = gateway.config.server.addr
         self._dual_stack = not host and socket.has_dualstack_ipv6()
         host = host or ('::' if self._dual_stack else '0.0.0.0')
@@ -3547,10 +3548,13 @@ class GatewayServer(http.server.ThreadingHTTPServer):
 
     def service_actions(self) -> None:
         """After each connection, and twice a second."""
-        log.flush()
-        while self._refused and (len(self._refused) > self.REFUSED_KEPT or time.monotonic() - self._refused[0][0] > 1):
+        now = time.monotonic()
+        while self._refused and (len(self._refused) > self.REFUSED_KEPT or now - self._refused[0][0] > 1):
             self._refused.popleft()[1].close()
-        self.gateway.upstream.pool.expire(EnginePool.SECONDS)
+        if now > self._serviced + self.SERVICED_EVERY:      # not after each: the new connection's thread waits for the interpreter lock
+            self._serviced = now
+            log.flush()
+            self.gateway.upstream.pool.expire(EnginePool.SECONDS)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.exception('internal error in a connection')
@@ -3827,10 +3831,13 @@ class GatewayHandler(Answering):
         stream = Stream(exchange, answer.connection.sock, body, translate, answer.head.event_stream)
         data = b'' if exchange.head_sent else self._forwarded_head(answer.head, lines)
         first, answer.connection.buffer = answer.connection.buffer, b''
-        exchange.send(data + (stream.advance(first) if first else b''))
-        self._copy_briefly(stream)
-        if not stream.ending:
-            self._relay(stream)
+        try:
+            exchange.send(data + (stream.advance(first) if first else b''))
+            self._copy_briefly(stream)
+            if not stream.ending:
+                self._relay(stream)
+        finally:
+            exchange.sent += stream.sent
         result = stream.result or stream.ending
         if result == 'truncated' and exchange.gone:     # the engine was cut off because the client had left
             result, stream.fault = 'cancelled', ''
@@ -3839,7 +3846,7 @@ class GatewayHandler(Answering):
         answer.ended = result == 'ok' and not body.excess
         if stream.fault:
             log.warn('answer broken off', id=exchange.id, why=stream.fault)
-        return stream.recent
+        return bytes(stream.recent)
 
     def _stream_framing(self, answer: EngineAnswer) -> Tuple[str, List[str]]:
         """How the body is translated, and the header lines that say so."""

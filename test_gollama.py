@@ -2201,7 +2201,7 @@ class UnitRelayTests(UnitCase):
             for stream, client, engine in streams:
                 engine.sendall(b'0\r\n\r\n')
                 stream.wait()
-                self.assertEqual((stream.result, client.recv(100), stream.exchange.sent), ('ok', b'0\r\n\r\n', 18))
+                self.assertEqual((stream.result, client.recv(100), stream.sent), ('ok', b'0\r\n\r\n', 18))
             self.assertFalse(relay.has_streams)
 
     def test_what_an_event_ends_hears_of_no_other_event_of_the_same_round(self):
