@@ -1013,9 +1013,7 @@ class TryGate:
 
     def enter(self, exchange: Waiter, deadline: Deadline, kind: TryKind) -> int:
         """Waits until a try may start, and counts it as in the engine of the returned generation. Raises GatewayError (503, 429)."""
-        with self._lock:
-            generation = self._entered(exchange, kind)      # at once, as most do
-        generation = generation or self._wait(exchange, deadline, lambda: self._entered(exchange, kind))
+        generation = self._wait(exchange, deadline, lambda: self._entered(exchange, kind))
         if generation:
             return generation
         if self.is_open:
@@ -1028,7 +1026,7 @@ class TryGate:
         its_turn = self._replays[0] is exchange if kind is TryKind.SECOND else kind is TryKind.LIGHT or not self._replays
         if not (self.is_open and its_turn):
             return 0
-        if not self._engaged or all(other.held_up for other in self._engaged):
+        if all(other.held_up for other in self._engaged):
             self._engaged_since = time.monotonic()
         self._engaged.add(exchange)
         exchange.cut = None     # of an engine before this one
@@ -2084,8 +2082,8 @@ class Relay(threading.Thread):
     # -- for others
 
     @property
-    def has_streams(self) -> bool:
-        """Whether it copies any (or watches a client)."""
+    def is_busy(self) -> bool:
+        """Whether it copies a stream or watches a client."""
         return len(self._listeners) > 1     # beside its own
 
     def post(self, what: Callable[[Any], None], argument: Any, wake: bool = True) -> None:
@@ -2674,7 +2672,6 @@ class Upstream:
         answer = self._first_or_second(
             exchange, functools.partial(self._ask, exchange, head, data, bool(config.server.api_keys)), deadline,
             config.queue.wait_timeout, TryKind.FIRST if head.method == 'POST' else TryKind.LIGHT)
-        del data
         body.release()      # it will not be sent again
         if answer.whole is not None:
             self.part(exchange, answer)
@@ -3750,7 +3747,7 @@ class GatewayHandler(Answering):
 
     def _allow(self, methods: str) -> None:
         method = self.head.method
-        if method not in METHODS or method not in methods:
+        if method not in methods.split(', '):
             raise GatewayError('method_not_allowed', '%s is not allowed here; use %s' % (method[:20], methods),
                                headers=['Allow: ' + methods])
 
@@ -3871,7 +3868,7 @@ class GatewayHandler(Answering):
     def _copy_briefly(stream: Stream) -> None:
         """A lone stream that is over soon wakes no other thread. Among many the relay is better at it."""
         exchange = stream.exchange
-        until = Deadline(0.0 if exchange.watched or exchange.relay.has_streams or not DONT_WAIT else BRIEFLY)
+        until = Deadline(0.0 if exchange.watched or exchange.relay.is_busy or not DONT_WAIT else BRIEFLY)
         while not stream.ending and not until.expired:
             try:
                 data = stream.engine.recv(RECV_SIZE)
